@@ -1,0 +1,108 @@
+"""Checkpoint files: written whole, read as tensors and plain values only."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import UsageError
+from files import write_whole
+
+LATEST = "checkpoint.pth.tar"
+PREVIOUS = "checkpoint.previous.pth.tar"
+BEST = "model_best.pth.tar"
+
+
+class UnreadableCheckpoint(UsageError):
+    """A file that is no checkpoint, is damaged, or would run code when loaded."""
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Writes a checkpoint of tensors and plain values. Raises OSError where it cannot; an older file is then untouched."""
+    write_whole(path, lambda file: torch.save(content, file))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU, after comparing the archive's checksums.
+
+    Raises:
+        UnreadableCheckpoint: if it is missing, damaged, not a checkpoint, or holds anything but tensors and plain values.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UnreadableCheckpoint(f"{path}: damaged (checksum of {damaged})")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UnreadableCheckpoint(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError:
+        raise UnreadableCheckpoint(f"{path}: refused, it holds more than tensors and plain values, or is damaged") from None
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file can fail in any layer that reads it; all that matters is that it does
+        raise UnreadableCheckpoint(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from None
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+        raise UnreadableCheckpoint(f"{path}: not a checkpoint, it has no state_dict")
+    return content
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint file that a path names: itself, or in a run's folder its best network.
+
+    Raises:
+        UnreadableCheckpoint: if there is none.
+    """
+    if path.is_dir():
+        best = path / BEST
+        if not best.is_file():
+            raise UnreadableCheckpoint(f"{path}: this folder holds no {BEST}")
+        return best
+    if not path.is_file():
+        raise UnreadableCheckpoint(f"{path}: no such checkpoint file or run folder")
+    return path
+
+
+def load_weights(model: nn.Module, content: dict[str, Any], path: Path) -> None:
+    """Puts a checkpoint's weights into a network, whole or not at all.
+
+    Names may carry the prefix ``module.`` of a network that was trained on several GPUs.
+
+    Raises:
+        UsageError: if the checkpoint is of another network; says of which.
+    """
+    given = {name.removeprefix("module."): value for name, value in content["state_dict"].items() if isinstance(name, str)}
+    wanted = model.state_dict()
+    if not all(isinstance(value, Tensor) for value in given.values()):
+        raise UnreadableCheckpoint(f"{path}: not a checkpoint, its state_dict holds more than tensors")
+    for fact, words in ((_depth, "depth"), (_classes, "number of classes")):
+        theirs, ours = fact(given), fact(wanted)
+        if theirs != ours:
+            raise UsageError(f"{path}: a network of {words} {theirs}, and this run's is of {words} {ours}")
+    # BatchNorm's counter of batches came to torch later than the published checkpoints.
+    counters = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
+    given = {**counters, **given}
+    differing = sorted(set(given) ^ set(wanted)) or [name for name in wanted if given[name].shape != wanted[name].shape]
+    if differing:
+        raise UsageError(f"{path}: a checkpoint of another network, they differ in {differing[0]!r}")
+    broken = [name for name, value in given.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UsageError(f"{path}: {broken[0]!r} holds values that are not finite numbers")
+    model.load_state_dict(given)
+
+
+def _depth(state: dict[str, Tensor]) -> int:
+    """Layers with weights on the longest path: every convolution outside of shortcuts, and the classifier."""
+    return sum(value.dim() in (2, 4) and name.endswith(".weight") and "downsample" not in name for name, value in state.items())
+
+
+def _classes(state: dict[str, Tensor]) -> int | None:
+    return len(state["fc.weight"]) if "fc.weight" in state and state["fc.weight"].dim() == 2 else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,228 @@
+"""The command line: flags, help, and every check that needs neither data nor network."""
+
+import argparse
+import ast
+import math
+import sys
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NoReturn
+
+from errors import UsageError
+
+DESCRIPTION = """\
+Trains a ResNet in full precision or toward binary or ternary weights (ProxQuant, BinaryConnect), logs to TensorBoard, and
+continues an unfinished run when the same command is given again."""
+
+
+_NOT_TYPED = object()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], words: str) -> Callable[[str], Any]:
+    """A checked argparse type."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not math.isfinite(value) or not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {words} is needed")
+        return value
+
+    return parse
+
+
+def _gpu_list(text: str) -> list[int]:
+    parts = text.split(",")
+    if not all(part.isascii() and part.isdigit() and len(part) < 5 for part in parts) or len(set(map(int, parts))) < len(parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: GPU numbers like 0 or 0,1,2,3 are needed")
+    return [int(part) for part in parts]
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _model_config(text: str) -> dict[str, Any]:
+    value = _literal(text or "{}")
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a dict literal like {{'depth': 20}} is needed")
+    unknown = [key for key in value if key not in ("depth", "num_classes")]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"the key {unknown[0]!r} is not known: depth and num_classes are accepted")
+    return value
+
+
+def _regime(text: str) -> dict[int, dict[str, Any]]:
+    value = _literal(text)
+    if not isinstance(value, dict) or not value:
+        example = "{0: {'lr': 0.1}, 10: {'lr': 0.01}}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a dict literal like {example} is needed")
+    for epoch, settings in value.items():
+        if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
+            raise argparse.ArgumentTypeError(f"the key {epoch!r} is not an epoch: a whole number from 0 up is needed")
+        if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+            raise argparse.ArgumentTypeError(f"epoch {epoch}: {settings!r} is not a dict of settings like {{'lr': 0.01}}")
+    return value
+
+
+def _word_from(choices: Collection[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not known: {', '.join(choices)} is accepted")
+        return text
+
+    return parse
+
+
+def _file_name(text: str) -> str:
+    if text in ("", ".", "..") or "/" in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: the name of one folder inside --results_dir is needed")
+    return text
+
+
+def _path(text: str) -> str:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a path is needed")
+    return text
+
+
+_COUNT = _number(int, lambda value: 1 <= value < 2**31, "a whole number from 1 up")
+_COUNT_OR_ZERO = _number(int, lambda value: 0 <= value < 2**31, "a whole number from 0 up")
+_RATE = _number(float, lambda value: value >= 0, "a finite number from 0 up")
+
+
+def build_parser(
+    modes: Mapping[str, Any], models: Collection[str], datasets: Collection[str], optimizers: Collection[str]
+) -> argparse.ArgumentParser:
+    """The parser; the names that flags accept come from the parts that implement them (``modes``: name to mode)."""
+    parser = _Parser(
+        prog="main_binary_reg.py",
+        description=DESCRIPTION,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
+    )
+    add = parser.add_argument_group("data and network").add_argument
+    add("--dataset", type=_word_from(datasets), default="cifar10", metavar="NAME", help=f"{', '.join(datasets)} (default: cifar10)")
+    add("--data_dir", type=_path, default="Datasets", metavar="DIR", help="folder that data sets lie in (default: Datasets)")
+    add("-j", "--workers", type=_COUNT_OR_ZERO, default=8, metavar="N", help="processes that decode imagenet images (default: 8)")
+    add("--input_size", type=_number(int, lambda v: 32 <= v <= 2048, "a whole number from 32 to 2048"), metavar="PIXELS",
+        help="side of the images that imagenet is cropped to (default: 224); every other data set is 32")  # fmt: skip
+    add("-a", "--model", type=_word_from(models), default="resnet", metavar="NAME", help=f"{', '.join(models)} (default: resnet)")
+    add("--model_config", type=_model_config, default={}, metavar="DICT",
+        help="dict literal with depth (6n+2, imagenet: 18, 34, 50, 101, 152; default: 20, imagenet: 18) and num_classes "
+        "(default: the data set's)")  # fmt: skip
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=_COUNT, default=2500, metavar="N", help="epochs to train in all (default: 2500)")
+    add("--start-epoch", type=_COUNT_OR_ZERO, default=0, metavar="N",
+        help="number of the first epoch, which regime and strength count from (default: 0)")  # fmt: skip
+    add("-b", "--batch-size", type=_COUNT, default=256, metavar="N", help="training images in a batch (default: 256)")
+    add("--optimizer", type=_word_from(optimizers), default="SGD", metavar="NAME",
+        help=f"{', '.join(optimizers)} (default: SGD, with the network's published regime)")  # fmt: skip
+    add("--lr", "--learning_rate", type=_RATE, default=0.1, metavar="LR",
+        help="learning rate at epoch 0; later ones in a regime keep their ratio to it (default: 0.1)")  # fmt: skip
+    add("--momentum", type=_RATE, default=0.9, metavar="M", help="momentum of SGD (default: 0.9)")
+    add("--weight-decay", "--wd", type=_RATE, default=1e-4, metavar="W",
+        help="weight decay (default: 1e-4; 0 with Adam and with a projection mode)")  # fmt: skip
+    add("--regime", type=_regime, metavar="DICT",
+        help="dict literal {epoch: {setting: value}} in place of the regime, e.g. {0: {'lr': 0.1}, 9: {'lr': 0.01}}")  # fmt: skip
+    add("--binary_regime", action="store_true", help="regime of BinaryConnect: Adam at 0.01, 1e-3 from epoch 81, 1e-4 from 122")
+    add("--ttq_regime", action="store_true", help="regime of the TTQ runs: SGD at 0.1, weight decay 2e-4, steps at 80, 120, 300")
+    add("--no_adjust", action="store_true", help="keep the regime's settings of epoch 0 for the whole run")
+    add("--keep_optimizer_state", action="store_true",
+        help="carry momentum and moments from epoch to epoch (default: each starts from zero, as published)")  # fmt: skip
+    add("--seed", type=_number(int, lambda v: 0 <= v < 2**63, "a whole number from 0 up"), default=0, metavar="N",
+        help="of initial weights, order and augmentation (default: 0)")  # fmt: skip
+
+    add = parser.add_argument_group("quantization").add_argument
+    add("--projection_mode", type=_word_from(modes), metavar="MODE",
+        help="; ".join(f"{name}: {mode.title}" for name, mode in modes.items()) + " (default: none, full precision)")  # fmt: skip
+    add("--reg_rate", type=_RATE, default=0.0, metavar="R",
+        help="prox, prox_ternary: strength of a step's proximal operator is lr * R * epoch (default: 0)")  # fmt: skip
+    add("--binary_reg", type=_RATE, default=0.0, metavar="S", help="lazy: strength of the projection, 1 is the sign (default: 1)")
+    add("--adjust_reg", action="store_true", help="multiply the strength by (initial learning rate / current one)")
+    add("--freeze_epoch", type=_number(int, lambda v: -1 <= v < 2**31, "a whole number from 0 up, or -1"), default=-1, metavar="N",
+        help="quantize for good after N epochs and train the rest on; 0: before the first, -1: never (default: -1)")  # fmt: skip
+
+    add = parser.add_argument_group("start and evaluation").add_argument
+    add("--resume", type=_path, metavar="PATH",
+        help="warm start from a checkpoint file or a run's folder (its model_best.pth.tar)")  # fmt: skip
+    add("-e", "--evaluate", type=_path, metavar="PATH",
+        help="print plain and hard-quantized loss and errors of a checkpoint file or a run's folder, and stop")  # fmt: skip
+
+    add = parser.add_argument_group("results").add_argument
+    add("--results_dir", type=_path, default="./results", metavar="DIR", help="folder of all runs (default: ./results)")
+    add("--save", type=_file_name, metavar="NAME", help="name of the run's folder (default: date and time, unique)")
+    add("--save_all", action="store_true", help="keep the checkpoint of every epoch")
+    add("--overwrite", action="store_true", help="start anew where the folder holds a run of other arguments")
+    add("--tb_dir", type=_path, metavar="DIR", help="folder of the TensorBoard events (default: tb inside the run's folder)")
+    add("-p", "--print-freq", type=_COUNT, default=10, metavar="N", help="steps between two progress lines (default: 10)")
+
+    add = parser.add_argument_group("device").add_argument
+    add("--gpus", "--gpu", type=_gpu_list, default=[0], metavar="LIST", help="GPU to use, the first of the list (default: 0)")
+    add("--device", type=_word_from(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
+        help="cpu, cuda, or auto: a GPU where there is one (default: auto)")  # fmt: skip
+    return parser
+
+
+def parse(argv: list[str] | None, **names: Any) -> tuple[argparse.Namespace, list[str]]:
+    """Parses and checks a command line.
+
+    Args:
+        argv: the arguments, or None for the process's own.
+        names: what ``build_parser`` takes.
+
+    Returns:
+        The arguments, with ``typed``: the set of those that the user gave; and warnings, one line each.
+
+    Raises:
+        UsageError: on arguments that do not go together. What does not parse ends the process with status 2 and one line.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser(**names)
+    if any(word == "--binarize" or word.startswith("--binarize=") for word in argv):
+        parser.error("--binarize does nothing in the published script and is not a flag here: use --projection_mode")
+    args = parser.parse_args(argv)
+    # Attributes that are there already are not overwritten by defaults: what is still absent afterwards was not typed.
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), _NOT_TYPED)))
+    args.typed = frozenset(name for name, value in vars(given).items() if value is not _NOT_TYPED)
+    return args, check(args, names["modes"].get(args.projection_mode))
+
+
+def check(args: argparse.Namespace, mode: Any) -> list[str]:
+    """Warnings about arguments without effect; raises UsageError on those that contradict each other."""
+    warnings = []
+    if args.input_size is not None and args.dataset != "imagenet" and args.input_size != 32:
+        raise UsageError(f"--input_size {args.input_size}: {args.dataset} is 32 pixels wide; only imagenet takes another size")
+    if args.evaluate is not None:
+        return warnings
+    if args.binary_regime + args.ttq_regime + (args.regime is not None) > 1:
+        raise UsageError("--regime, --binary_regime and --ttq_regime: only one of them can be chosen")
+    if args.start_epoch >= args.epochs:
+        raise UsageError(f"--start-epoch {args.start_epoch}: a number below --epochs {args.epochs} is needed")
+    if args.freeze_epoch >= 0 and args.projection_mode is None:
+        raise UsageError(f"--freeze_epoch {args.freeze_epoch}: nothing is quantized without --projection_mode")
+    if args.freeze_epoch > args.epochs:
+        warnings.append(f"--freeze_epoch {args.freeze_epoch} is beyond --epochs {args.epochs}: this run never freezes")
+    if mode is None:
+        idle = {"reg_rate", "binary_reg", "adjust_reg"}
+        warnings += [f"--{name} has no effect without --projection_mode" for name in sorted(idle & args.typed)]
+        return warnings
+    used, unused = ("reg_rate", "binary_reg") if mode.strength_grows else ("binary_reg", "reg_rate")
+    if unused in args.typed:
+        warnings.append(f"--{unused} has no effect with --projection_mode {mode.name}, which takes --{used}")
+    args.rate = getattr(args, used) if used in args.typed else mode.default_rate
+    if args.rate == 0:
+        warnings.append(f"--{used} is 0: nothing pulls the weights to their quantization with --projection_mode {mode.name}")
+    return warnings

@@ -1,0 +1,93 @@
+"""ImageNet as class folders, decoded in worker processes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+import data
+from errors import UsageError
+
+FOLDERS = ("imagenet", "ImageNet", "Imagenet", ".")
+
+
+def load_imagenet(
+    data_dir: Path, device: torch.device, batch_size: int, seed: int, workers: int, input_size: int
+) -> tuple["FolderBatches", "FolderBatches", int, str]:
+    """Training batches, validation batches, number of classes and source, from ``train/<class>/*`` and ``val/<class>/*``.
+
+    Raises:
+        UsageError: if a folder is missing or empty, or the splits differ in their classes.
+    """
+    folder = next((data_dir / name for name in FOLDERS if (data_dir / name / "train").is_dir()), None)
+    if folder is None:
+        looked = ", ".join(str(data_dir / name / "train") for name in FOLDERS)
+        raise UsageError(f"--data_dir {data_dir}: no ImageNet there; looked for {looked} (train/<class>/*, val/<class>/*)")
+    finish = [transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float32), transforms.Normalize(data.MEAN, data.STD)]
+    augment = [transforms.RandomResizedCrop(input_size), transforms.RandomHorizontalFlip()]
+    center = [transforms.Resize(input_size * 256 // 224), transforms.CenterCrop(input_size)]
+    try:
+        train = ImageFolder(folder / "train", transforms.Compose(augment + finish))
+        validation = ImageFolder(folder / "val", transforms.Compose(center + finish))
+    except (FileNotFoundError, OSError) as error:
+        raise UsageError(f"--data_dir {data_dir}: {' '.join(str(error).split())}") from None
+    if train.classes != validation.classes:
+        differing = sorted(set(train.classes) ^ set(validation.classes))
+        raise UsageError(f"--data_dir: {folder} has the class {differing[0]!r} in only one of train and val")
+    shared = {"batch_size": batch_size, "seed": seed, "device": device, "workers": workers}
+    return (
+        FolderBatches(train, shuffled=True, **shared),
+        FolderBatches(validation, shuffled=False, **shared),
+        len(train.classes),
+        f"class folders in {folder}",
+    )
+
+
+class _Seeded(Dataset):
+    """Items by (seed of the item's augmentation, index), so that no worker's history matters."""
+
+    def __init__(self, images: ImageFolder) -> None:
+        self.images = images
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        seed, index = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                return self.images[index]
+            except (OSError, SyntaxError, ValueError) as error:
+                path = self.images.samples[index][0]
+                raise UsageError(f"--data_dir: the image {path} cannot be read ({' '.join(str(error).split())})") from None
+
+
+class FolderBatches:
+    """A split of class folders in batches; see ``data.Batches``."""
+
+    def __init__(self, images: ImageFolder, batch_size: int, seed: int, device: torch.device, workers: int, shuffled: bool) -> None:
+        self.samples = len(images)
+        self._images, self._batch_size, self._seed = _Seeded(images), batch_size, seed
+        self._device, self._workers, self._shuffled = device, workers, shuffled
+
+    def __len__(self) -> int:
+        return -(-self.samples // self._batch_size)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch, from step ``start`` on."""
+        random = data.generator(self._seed, epoch)
+        order = torch.randperm(self.samples, generator=random) if self._shuffled else torch.arange(self.samples)
+        seeds = torch.randint(0, 2**62, (self.samples,), generator=random)
+        keys = list(zip(seeds.tolist(), order.tolist(), strict=True))
+        firsts = range(start * self._batch_size, self.samples, self._batch_size)
+        batches = [keys[first : first + self._batch_size] for first in firsts]
+        pinned = self._device.type == "cuda"
+        loader = DataLoader(self._images, batch_sampler=batches, num_workers=self._workers, pin_memory=pinned)
+        try:
+            for images, labels in loader:
+                images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
+                yield images, labels.to(self._device, non_blocking=True)
+        except UsageError as error:  # from a worker it comes with the worker's traceback before it
+            raise UsageError(str(error).strip().splitlines()[-1].split("UsageError: ")[-1]) from None

@@ -1,0 +1,109 @@
+"""One pass over the data: training, or validation. Neither knows which projection mode runs."""
+
+import math
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data import Batches
+from runs import log
+from state import State
+from utils import Meter
+
+
+class Diverged(Exception):
+    """The training loss is no longer a finite number."""
+
+
+class Interrupted(Exception):
+    """A signal asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+class StopSignals:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into ``Interrupted`` at the next step boundary; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._number = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal has come."""
+        if self._number is not None:
+            raise Interrupted(self._number)
+
+
+class Progress:
+    """How far an epoch is: a bar on a terminal, a line every so many steps in the log."""
+
+    def __init__(self, words: str, steps: int, state: State, print_freq: int) -> None:
+        self._words, self._steps, self._state, self._print_freq = words, steps, state, print_freq
+        self._began, self._samples_before = time.perf_counter(), state.meter.samples
+        self._bar = tqdm(total=steps, initial=state.step, desc=words, unit="step", leave=False, disable=None)
+
+    def step(self) -> None:
+        """Shows a step that is done, where it is time to; raises Diverged on a loss that is not finite."""
+        self._bar.update()
+        done, meter = self._state.step, self._state.meter
+        if done % self._print_freq and done != self._steps:
+            return
+        figures = meter.read()
+        if not math.isfinite(figures["loss"]):
+            raise Diverged(f"{self._words}, step {done}: the training loss is {figures['loss']}")
+        rate = (meter.samples - self._samples_before) / (time.perf_counter() - self._began)
+        shown = f"loss {figures['loss']:.4f}, error {figures['error1']:.2f}%, {rate:.0f} images/s"
+        self._bar.set_postfix_str(shown)
+        log.debug(f"{self._words}, step {done}/{self._steps}: {shown}")
+
+    def close(self) -> None:
+        """Takes the bar away."""
+        self._bar.close()
+
+
+def train(state: State, batches: Batches, stop: StopSignals, progress: Progress) -> None:
+    """Trains on an epoch's batches from ``state.step`` on, and keeps ``state`` up to date.
+
+    Raises:
+        Interrupted: on a signal, between two steps.
+        Diverged: if the loss is not finite.
+    """
+    state.model.train()
+    try:
+        for images, labels in batches.epoch(state.epoch, state.step):
+            state.optimizer.zero_grad()
+            logits = state.model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            state.optimizer.step()
+            state.meter.update(logits, labels, loss)
+            state.step += 1
+            progress.step()
+            stop.check()
+    finally:
+        progress.close()
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, batches: Batches, device: torch.device, stop: StopSignals | None = None) -> dict[str, float]:
+    """Loss and errors of the network as it is, see ``Meter.read``. Raises Interrupted on a signal, between two batches."""
+    model.eval()
+    meter = Meter(device)
+    for images, labels in batches.epoch(0):
+        logits = model(images)
+        meter.update(logits, labels, F.cross_entropy(logits, labels))
+        if stop is not None:
+            stop.check()
+    return meter.read()

@@ -1,0 +1,280 @@
+"""Trains a ResNet in full precision, or toward binary or ternary weights.
+
+Full precision, the warm start of the others:
+
+    python main_binary_reg.py --model resnet --model_config "{'depth': 20}" --save resnet20 --dataset cifar10 --batch-size 128 \\
+        --gpu 0 --epochs 200 --tb_dir tb/ResNet20_FP
+
+ProxQuant-binary from there:
+
+    python main_binary_reg.py --model resnet --resume results/resnet20 --model_config "{'depth': 20}" --dataset cifar10 --gpu 0 \\
+        --save resnet20_pq_binary_Adam_run_0 --batch-size 128 --epochs 300 --reg_rate 1e-4 --optimizer Adam --lr 0.01 \\
+        --projection_mode prox --freeze_epoch 200 --tb_dir tb/resnet20_pq_binary_Adam_Freeze_200_run_0
+
+The same command given again continues an unfinished run. ``--help`` explains every flag.
+"""
+
+import ast
+import sys
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import checkpoints
+import cli
+import data
+import loops
+import quantize
+import regimes
+import runs
+import tracking
+import utils
+from errors import UsageError
+from models import MODELS
+from runs import log
+from state import State
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from a run's first epoch to its last."""
+
+    args: Namespace
+    run: runs.Run
+    sets: data.Data
+    mode: quantize.ProjectionMode
+    regime: regimes.Regime
+    device: torch.device
+    stop: loops.StopSignals
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0 done, 1 failed, 2 bad input, 128 + n ended by signal n."""
+    runs.log_to_terminal()
+    try:
+        args, warnings = cli.parse(argv, modes=quantize.MODES, models=MODELS, datasets=data.DATASETS, optimizers=regimes.OPTIMIZERS)
+        if args.evaluate is not None:
+            return evaluate(args)
+        return train(args, warnings)
+    except UsageError as error:
+        return _fail(str(error), 2)
+    except loops.Diverged as error:
+        return _fail(f"{error}: stopped, the last good checkpoint is kept; a smaller --lr may help", 1)
+    except loops.Interrupted as interruption:
+        return 128 + interruption.number
+    except OSError as error:
+        return _fail(f"{error}: stopped, the last good checkpoint is kept", 1)
+
+
+def train(args: Namespace, warnings: list[str]) -> int:
+    """One run, from its command line to its last epoch."""
+    run = runs.Run(args)
+    if run.finished:
+        log.info(f"{run.folder}: complete, all {args.epochs} epochs are trained")
+        return 0
+    device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed)
+    for line in [*warnings, *([warning] if warning else [])]:
+        log.warning(f"warning: {line}")
+
+    sets = data.load(args.dataset, Path(args.data_dir), device, args.batch_size, args.seed, log.info, args.workers, args.input_size)
+    utils.seed_everything(args.seed)
+    model = build_model(args.model, args.dataset, args.model_config, sets.classes).to(device, memory_format=torch.channels_last)
+    if args.resume and run.state is None:
+        path = checkpoints.locate(Path(args.resume))
+        checkpoints.load_weights(model, checkpoints.read(path), path)
+
+    mode = quantize.MODES.get(args.projection_mode, quantize.FULL_PRECISION)
+    regime = regimes.resolve_regime(args, model.regime, projected=args.projection_mode is not None)
+    base_optimizer = regimes.build_optimizer(model.parameters(), regimes.settings_at(regime, args.start_epoch))
+    optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode)
+    start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
+    state = State(model, optimizer, start_signs, utils.Meter(device), args.start_epoch)
+
+    run.open(runs.facts_of_machine(device))
+    try:
+        if run.state is not None:
+            state.restore(run.state, regime)
+            log.info(f"{run.folder}: continuing in epoch {state.epoch + 1}, after step {state.step}/{len(sets.train)}")
+        job = Job(args, run, sets, mode, regime, device, loops.StopSignals())
+        describe(job, state)
+        board = tracking.Board(Path(args.tb_dir) if args.tb_dir else run.folder / "tb", continued_from=state.epoch)
+        if not state.history:
+            board.add_start(args, optimizer.latent, state.epoch)
+        run.write_results(state.history)
+        while state.epoch < args.epochs:
+            try:
+                row = train_epoch(job, state)
+            except loops.Interrupted as interruption:
+                run.save_state(state.checkpoint(args))
+                log.info(f"{interruption} in epoch {state.epoch + 1}, saved after step {state.step}: the same command continues")
+                raise
+            finish_epoch(job, state, row, board)
+        board.close()
+        log.info(f"{run.folder}: done, best error {100 - state.best_prec1:.2f}%")
+    finally:
+        run.close()
+    return 0
+
+
+def train_epoch(job: Job, state: State) -> dict[str, Any]:
+    """An epoch's training and validations; returns its row of results."""
+    began = time.perf_counter() - state.seconds
+    args, optimizer = job.args, state.optimizer
+    settings = regimes.settings_at(job.regime, state.epoch)
+    if args.freeze_epoch != -1 and state.epoch >= args.freeze_epoch and optimizer.projecting:
+        optimizer.freeze()
+        log.info(f"frozen after {state.epoch} epochs: the quantized weights stay as they are, the rest trains on")
+    if state.step == 0:
+        set_optimizer(job, state, settings)
+    try:
+        words = f"epoch {state.epoch + 1}/{args.epochs}"
+        loops.train(state, job.sets.train, job.stop, loops.Progress(words, len(job.sets.train), state, args.print_freq))
+        row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength}
+        row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
+        with optimizer.hard_quantized():
+            if optimizer.projecting:
+                row |= _columns("val", validate(job, state), "_bin")
+            elif optimizer.frozen:
+                row |= {f"val_{name}_bin": row[f"val_{name}"] for name in ("loss", "error1", "error5")}
+            prec1 = 100 - row.get("val_error1_bin", row["val_error1"])
+            if state.best_prec1 is None or prec1 > state.best_prec1:
+                state.best_prec1 = prec1
+                job.run.save_best({**state.network(args), "epoch": state.epoch + 1, "results": row})
+    finally:
+        state.seconds = time.perf_counter() - began
+    return {**row, "seconds": round(state.seconds, 3)}
+
+
+def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:
+    """The optimizer and the strength of an epoch."""
+    optimizer = state.optimizer
+    kind = regimes.OPTIMIZERS[settings["optimizer"]]
+    if job.args.keep_optimizer_state and type(optimizer.base_optimizer) is kind:
+        regimes.update_settings(optimizer.base_optimizer, settings)
+    else:  # a new one at each epoch, as published: moments and momentum start from zero
+        optimizer.base_optimizer = regimes.build_optimizer(state.model.parameters(), settings)
+    if optimizer.projecting:
+        strength = job.mode.strength(job.args.rate, state.epoch)
+        if job.args.adjust_reg and settings["lr"]:
+            strength *= job.regime[0]["lr"] / settings["lr"]
+        optimizer.set_strength(strength)
+
+
+def validate(job: Job, state: State) -> dict[str, float]:
+    """Loss and errors of the network as it is now."""
+    return loops.validate(state.model, job.sets.validation, job.device, job.stop)
+
+
+def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Board) -> None:
+    """Counts the epoch, and writes it down: TensorBoard, log, checkpoint and results, in this order.
+
+    What is written after the checkpoint can be made again from it; what is written before is purged when its epoch is repeated.
+    """
+    args, optimizer = job.args, state.optimizer
+    state.history.append(row)
+    state.epoch, state.step, state.seconds, state.meter = state.epoch + 1, 0, 0.0, utils.Meter(job.device)
+    board.add_epoch(row, quantize.measure(optimizer.latent, optimizer.quantized(), state.start_signs))
+    if state.epoch % max(1, args.epochs // tracking.HISTOGRAMS) == 0 or state.epoch in (args.freeze_epoch, args.epochs):
+        board.add_histograms(optimizer.latent, state.epoch)
+    if state.epoch == args.epochs:
+        board.add_final(args, row, 100 - state.best_prec1)
+    board.flush()
+    log.info(f"epoch {state.epoch}/{args.epochs}: {_in_words(row)}")
+    job.run.save_state(state.checkpoint(args), keep=args.save_all)
+    job.run.write_results(state.history)
+
+
+def evaluate(args: Namespace) -> int:
+    """Prints plain and hard-quantized loss and errors of a checkpoint. What is not given comes from the checkpoint."""
+    path = checkpoints.locate(Path(args.evaluate))
+    content = checkpoints.read(path)
+    given = {name: getattr(args, name) for name in ("model", "dataset", "projection_mode") if name in args.typed}
+    config = _config_of(content) | args.model_config
+    model_name, dataset, mode_name = (
+        given.get(name) or content.get(name) or getattr(args, name) for name in ("model", "dataset", "projection_mode")
+    )
+    mode = quantize.MODES.get(mode_name, quantize.FULL_PRECISION)
+    device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed)
+    if warning:
+        log.warning(f"warning: {warning}")
+    sets = data.load(dataset, Path(args.data_dir), device, args.batch_size, args.seed, log.info, args.workers, args.input_size)
+    model = build_model(model_name, dataset, config, sets.classes).to(device, memory_format=torch.channels_last)
+    checkpoints.load_weights(model, content, path)
+
+    log.info(f"{path}: {model_name} {config} on {sets.source}, projection mode {mode_name or 'none'}")
+    figures = {"as it is": loops.validate(model, sets.validation, device)}
+    if mode is not quantize.FULL_PRECISION:
+        # A network that is quantized already is taken as it is: quantizing it once more could move its levels.
+        if not content.get("hard_quantized"):
+            with torch.no_grad():
+                for _, weight in mode.select(model):
+                    weight.copy_(mode.hard_quantize(weight))
+        figures["hard-quantized"] = loops.validate(model, sets.validation, device)
+    for words, found in figures.items():
+        log.info(f"{words}: loss {found['loss']:.6f}, top-1 error {found['error1']:.2f}%, top-5 error {found['error5']:.2f}%")
+    return 0
+
+
+def build_model(name: str, dataset: str, config: dict[str, Any], classes: int) -> nn.Module:
+    """The network for a data set; raises UsageError on a depth or a number of classes that cannot be."""
+    try:
+        model = MODELS[name](dataset=dataset, **{"num_classes": classes, **config})
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--model_config {config}: {error}") from None
+    if config.get("num_classes", classes) < classes:
+        raise UsageError(f"--model_config {config}: {dataset} has {classes} classes, num_classes of at least that is needed")
+    return model
+
+
+def describe(job: Job, state: State) -> None:
+    """What is about to run, in the log."""
+    args, sets = job.args, job.sets
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    log.info(f"run: {job.run.folder} on {job.device}, seed {args.seed}")
+    log.info(f"data: {sets.source}; {sets.train.samples} training and {sets.validation.samples} validation images")
+    log.info(
+        f"network: {args.model} {args.model_config}, {parameters:,} parameters" + (f", from {args.resume}" if args.resume else "")
+    )
+    log.info(f"regime: {job.regime}")
+    latent = state.optimizer.latent
+    if latent:
+        count = sum(weight.numel() for weight in latent.values())
+        log.info(f"mode: {job.mode.name} ({job.mode.title}), {count:,} weights in {len(latent)} tensors ({count / parameters:.1%})")
+        log.debug(f"quantized: {', '.join(latent)}")
+
+
+def _config_of(content: dict[str, Any]) -> dict[str, Any]:
+    """Depth and classes from a checkpoint; the published ones hold the flag's text."""
+    config = content.get("config") or {}
+    if isinstance(config, str):
+        try:
+            config = ast.literal_eval(config)
+        except (ValueError, SyntaxError):
+            config = {}
+    return {name: config[name] for name in ("depth", "num_classes") if isinstance(config, dict) and name in config}
+
+
+def _columns(split: str, figures: dict[str, float], suffix: str = "") -> dict[str, float]:
+    return {f"{split}_{name}{suffix}": value for name, value in figures.items()}
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    words = f"train loss {row['train_loss']:.4f} error {row['train_error1']:.2f}%, "
+    words += f"validation loss {row['val_loss']:.4f} error {row['val_error1']:.2f}%"
+    if "val_error1_bin" in row:
+        words += f", quantized {row['val_loss_bin']:.4f} {row['val_error1_bin']:.2f}%"
+    return f"{words}, lr {row['lr']:g}, strength {row['strength']:g}, {row['seconds']:.1f} s"
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"main_binary_reg.py: error: {message}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""Training of quantized networks with proximal operators.
+
+The method lives here and knows nothing of data sets, command lines or particular networks. One training step is, with ``w`` the
+latent weights of the quantized layers, ``Q`` the hard quantizer, ``r`` a rate, ``e`` the epoch counted from 0 and ``lr`` the
+learning rate of the step:
+
+    ============== ======================= ======================================= =================== ==============
+    mode           gradient is taken at    update                                  strength            hard quantizer
+    ============== ======================= ======================================= =================== ==============
+    lazy           prox_binary_s(w)        w <- clip(w - step)                     s = r (constant)    binarize
+    prox           w                       w <- clip(prox_binary_t(w - step))      t = lr * r * e      binarize
+    prox_ternary   w                       w <- clip(prox_ternary_t(w - step))     t = lr * r * e      ternarize
+    ============== ======================= ======================================= =================== ==============
+
+``step`` is whatever the base optimizer (SGD, Adam, ...) does with the gradient, ``clip`` is to [-1, 1].
+
+Where to read on: ``selectors`` (which parameters), ``quantizers`` (to what), ``proximal`` (how), ``modes`` (the table above as
+objects), ``optimizer`` (the step itself), ``metrics`` (what is watched), ``side_by_side`` (many tensors in one buffer).
+
+Source: Bai, Wang, Liberty: "ProxQuant: Quantized Neural Networks via Proximal Operators", ICLR 2019.
+"""
+
+from quantize.metrics import binary_level, measure, quantization_error, sign_change
+from quantize.modes import FULL_PRECISION, MODES, ProjectionMode
+from quantize.optimizer import ProjectedOptimizer
+from quantize.proximal import prox_binary, prox_ternary
+from quantize.quantizers import binarize, ternarize
+from quantize.selectors import quantizable_layers, select_all_layers, select_inner_layers
+
+__all__ = [
+    "FULL_PRECISION",
+    "MODES",
+    "ProjectedOptimizer",
+    "ProjectionMode",
+    "binarize",
+    "binary_level",
+    "measure",
+    "prox_binary",
+    "prox_ternary",
+    "quantizable_layers",
+    "quantization_error",
+    "select_all_layers",
+    "select_inner_layers",
+    "sign_change",
+    "ternarize",
+]

@@ -1,0 +1,149 @@
+"""Regimes: which optimizer with which settings from which epoch on, and the optimizer that they ask for.
+
+A regime maps an epoch (counted from 0) to settings that hold from there on; a later entry changes what it names and keeps the
+rest. Settings are ``optimizer`` (a name in ``OPTIMIZERS``) and that optimizer's own arguments (``lr``, ``momentum``, ...).
+"""
+
+import inspect
+import math
+from argparse import Namespace
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from errors import UsageError
+
+Regime = dict[int, dict[str, Any]]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    kind.__name__: kind
+    for kind in (
+        torch.optim.SGD,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.Adamax,
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        torch.optim.Adadelta,
+        torch.optim.ASGD,
+        torch.optim.Rprop,
+    )
+}
+# Arguments that choose an implementation or an objective, not a schedule.
+_NOT_SETTINGS = {"self", "params", "foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay"}
+
+# The published BinaryConnect and TTQ runs.
+BINARY_REGIME: Regime = {0: {"optimizer": "Adam", "lr": 0.01}, 81: {"lr": 0.001}, 122: {"lr": 0.0001}}
+TTQ_REGIME: Regime = {
+    0: {"optimizer": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 2e-4},
+    80: {"lr": 0.01},
+    120: {"lr": 0.001},
+    300: {"lr": 0.0001},
+}
+
+
+def resolve_regime(args: Namespace, model_regime: Regime, projected: bool) -> Regime:
+    """The regime of a run: the chosen one, with every value that the user typed in the place of its epoch-0 value.
+
+    A typed learning rate takes the later ones along: they keep their ratio to the first.
+
+    Args:
+        args: ``optimizer``, ``lr``, ``momentum``, ``weight_decay``, ``regime``, ``binary_regime``, ``ttq_regime``, ``no_adjust``
+            and ``typed``, the names of those that the user gave.
+        model_regime: the network's own.
+        projected: True where a projection mode is on: SGD then has no weight decay.
+
+    Raises:
+        UsageError: on settings that the optimizer does not take.
+    """
+    typed = {name: getattr(args, name) for name in ("optimizer", "momentum", "weight_decay") if name in args.typed}
+    if args.regime is not None:
+        start = {"optimizer": args.optimizer, "lr": args.lr, **typed}
+        if start["optimizer"] == "SGD":
+            start = {"momentum": args.momentum, "weight_decay": 0.0 if projected else args.weight_decay, **start}
+        chosen = {**args.regime, 0: {**start, **args.regime.get(0, {})}}
+    elif args.binary_regime:
+        chosen = BINARY_REGIME
+    elif args.ttq_regime:
+        chosen = TTQ_REGIME
+    elif args.optimizer != "SGD":
+        chosen = {0: {"optimizer": args.optimizer, "lr": args.lr}}
+    elif projected:
+        chosen = {epoch: {**entry, "weight_decay": 0.0} for epoch, entry in model_regime.items()}
+        chosen[0]["momentum"] = args.momentum
+    else:
+        chosen = model_regime
+    regime = {epoch: dict(chosen[epoch]) for epoch in sorted(chosen)}
+    regime[0].update(typed)
+    if "lr" in args.typed and regime[0]["lr"] > 0:
+        ratio = args.lr / regime[0]["lr"]
+        for epoch, entry in regime.items():
+            if "lr" in entry:
+                entry["lr"] = args.lr if epoch == 0 else entry["lr"] * ratio
+    if args.no_adjust:
+        regime = {0: regime[0]}
+    _drop_untyped_leftovers(regime, set(typed), args.regime or {})
+    _check(regime)
+    return regime
+
+
+def settings_at(regime: Regime, epoch: int) -> dict[str, Any]:
+    """The settings that hold in an epoch."""
+    settings: dict[str, Any] = {}
+    for start in sorted(regime):
+        if start <= epoch:
+            settings.update(regime[start])
+    return settings
+
+
+def build_optimizer(parameters: Iterable[torch.Tensor], settings: dict[str, Any]) -> torch.optim.Optimizer:
+    """A new optimizer over the parameters, in torch's fused form where it has one."""
+    kind = OPTIMIZERS[settings["optimizer"]]
+    arguments = {name: value for name, value in settings.items() if name != "optimizer"}
+    if kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        arguments["fused"] = True
+    return kind(list(parameters), **arguments)
+
+
+def update_settings(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
+    """New settings for an optimizer that keeps its state."""
+    for group in optimizer.param_groups:
+        group.update({name: value for name, value in settings.items() if name != "optimizer"})
+
+
+def _accepted(optimizer: str) -> set[str]:
+    return set(inspect.signature(OPTIMIZERS[optimizer]).parameters) - _NOT_SETTINGS
+
+
+def _drop_untyped_leftovers(regime: Regime, typed: set[str], given: Regime) -> None:
+    """A regime made for SGD keeps its momentum and decay out of an Adam that the user asked for."""
+    accepted = _accepted(settings_at(regime, 0)["optimizer"])
+    for epoch, entry in regime.items():
+        kept = typed | set(given.get(epoch, {})) | accepted | {"optimizer", "lr"}
+        for name in [name for name in entry if name not in kept]:
+            del entry[name]
+
+
+def _check(regime: Regime) -> None:
+    """Raises UsageError on the first setting that an optimizer of the regime does not take."""
+    for epoch in regime:
+        settings = settings_at(regime, epoch)
+        optimizer = settings["optimizer"]
+        if optimizer not in OPTIMIZERS:
+            raise UsageError(f"--regime: epoch {epoch}: optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        for name, value in settings.items():
+            if name == "optimizer":
+                continue
+            if name not in _accepted(optimizer):
+                accepted = ", ".join(sorted(_accepted(optimizer)))
+                raise UsageError(f"--{name} {value}: {optimizer} has no setting {name} (epoch {epoch}); it has {accepted}")
+            numbers = value if isinstance(value, (tuple, list)) else (value,)
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise UsageError(f"--regime: epoch {epoch}: {name} {value} is not a finite number")
+        try:
+            build_optimizer([torch.zeros(1, requires_grad=True)], settings)
+        except (TypeError, ValueError, RuntimeError, IndexError, OverflowError) as error:
+            raise UsageError(f"--regime: epoch {epoch}: {optimizer} does not take {settings} ({error})") from None

@@ -1,0 +1,237 @@
+"""A run's folder: its name, its lock, its arguments, its log, its results and its checkpoints."""
+
+import csv
+import fcntl
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoints
+from errors import UsageError
+from files import write_text
+
+COLUMNS = (
+    "epoch", "train_loss", "val_loss", "train_error1", "val_error1", "train_error5", "val_error5",
+    "val_loss_bin", "val_error1_bin", "val_error5_bin", "lr", "strength", "seconds",
+)  # fmt: skip
+
+# What may differ between a run and its continuation: where the folder lies, and what changes no number.
+_FREE = {"results_dir", "save", "overwrite", "gpus", "workers", "print_freq", "evaluate", "typed"}
+
+log = logging.getLogger("proxquant")
+
+
+class Run:
+    """The folder of one run, locked by this process from ``open`` to ``close``.
+
+    Attributes:
+        folder: where it lies; made by ``open``.
+        state: the latest good checkpoint's content where the run is continued, else None.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        """Looks, and writes nothing: finds out whether the run is new, to be continued, or not allowed.
+
+        Raises:
+            UsageError: if the folder holds a run of other arguments, or cannot be written.
+        """
+        self._arguments = _comparable(args)
+        self._overwrite = args.overwrite
+        self._named = args.save is not None
+        results = Path(args.results_dir)
+        self.folder = results / (args.save or time.strftime("%Y-%m-%d_%H-%M-%S"))
+        self.state: dict[str, Any] | None = None
+        self._lock: int | None = None
+        _check_writable(self.folder if self._named else results)
+        if self._named:
+            self._look()
+
+    def _look(self) -> None:
+        self._differing = self._compare()
+        if self._differing and not self._overwrite:
+            raise UsageError(
+                f"--save {self.folder.name}: {self.folder} holds a run of other arguments ({'; '.join(self._differing)}); "
+                "choose another name, or --overwrite to start anew"
+            )
+        if not self._differing:
+            self.state = self._read_state()
+
+    def _compare(self) -> list[str]:
+        path = self.folder / "args.json"
+        try:
+            old = json.loads(path.read_text())["arguments"]
+        except FileNotFoundError:
+            return ["no args.json, but a checkpoint"] if (self.folder / checkpoints.LATEST).exists() else []
+        except (ValueError, KeyError, TypeError, OSError):
+            return ["its args.json cannot be read"]
+        names = sorted(set(old) | set(self._arguments))
+        return [
+            f"--{name} {old.get(name)} there, {self._arguments.get(name)} here"
+            for name in names
+            if old.get(name) != self._arguments.get(name) and name not in _FREE
+        ]
+
+    def _read_state(self) -> dict[str, Any] | None:
+        """The latest checkpoint that can be read; a damaged one is said and passed over."""
+        for name in (checkpoints.LATEST, checkpoints.PREVIOUS):
+            path = self.folder / name
+            if path.exists():
+                try:
+                    return checkpoints.read(path)
+                except checkpoints.UnreadableCheckpoint as error:
+                    log.warning(f"warning: {error}; looking for an older one")
+        return None
+
+    @property
+    def finished(self) -> bool:
+        """True where all epochs have been trained already."""
+        return self.state is not None and self.state["epoch"] >= self._arguments["epochs"]
+
+    def open(self, facts: dict[str, Any]) -> None:
+        """Makes and locks the folder, and writes ``args.json`` there: the arguments, and facts about machine and program.
+
+        Raises:
+            UsageError: if the folder cannot be made or written, or another process works in it.
+        """
+        try:
+            self.folder = self._make_folder()
+            self._take_lock()
+            if self._named:
+                self._look()  # again: the process that had the lock may have changed it
+                if self._differing:
+                    self._clear()
+            if self.state is None or not (self.folder / "args.json").exists():
+                text = json.dumps({"arguments": self._arguments, **facts}, indent=2)
+                write_text(self.folder / "args.json", text + "\n")
+            self._open_log()
+        except OSError as error:
+            raise UsageError(f"--results_dir: {self.folder} cannot be written ({error.strerror or error})") from None
+
+    def _make_folder(self) -> Path:
+        if self._named:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            return self.folder
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        candidate, number = self.folder, 1
+        while True:  # mkdir is atomic: whoever makes the folder has it
+            try:
+                candidate.mkdir()
+                return candidate
+            except FileExistsError:
+                number += 1
+                candidate = self.folder.with_name(f"{self.folder.name}-{number}")
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = None
+            raise UsageError(f"--save {self.folder.name}: another process is working in {self.folder}") from None
+
+    def _clear(self) -> None:
+        for entry in list(self.folder.iterdir()):
+            if entry.name != ".lock":
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        self.state = None
+
+    def _open_log(self) -> None:
+        path = self.folder / "log.txt"
+        if self.state is not None and path.exists():
+            # What was logged after the checkpoint is about to happen again.
+            os.truncate(path, min(self.state["log_bytes"], path.stat().st_size))
+        elif path.exists():
+            path.unlink()
+        self._log_handler = logging.FileHandler(path, encoding="utf-8")
+        self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(self._log_handler)
+
+    def save_state(self, content: dict[str, Any], keep: bool = False) -> None:
+        """Writes the latest checkpoint and keeps the one before; ``keep`` also leaves a copy of its own for this epoch."""
+        self._log_handler.flush()
+        content["log_bytes"] = (self.folder / "log.txt").stat().st_size
+        latest = self.folder / checkpoints.LATEST
+        fresh = self.folder / f"{checkpoints.LATEST}.new"
+        checkpoints.save(fresh, content)
+        if latest.exists():
+            os.replace(latest, self.folder / checkpoints.PREVIOUS)
+        os.replace(fresh, latest)
+        if keep:
+            shutil.copyfile(latest, self.folder / f"checkpoint_epoch_{content['epoch']}.pth.tar")
+
+    def save_best(self, content: dict[str, Any]) -> None:
+        """Writes the best network so far."""
+        checkpoints.save(self.folder / checkpoints.BEST, content)
+
+    def write_results(self, history: list[dict[str, Any]]) -> None:
+        """Writes ``results.csv``: one line an epoch, empty where nothing was measured."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        write_text(self.folder / "results.csv", text.getvalue())
+
+    def close(self) -> None:
+        """Ends the log and gives the lock back."""
+        if self._lock is not None:
+            if hasattr(self, "_log_handler"):
+                log.removeHandler(self._log_handler)
+                self._log_handler.close()
+            os.close(self._lock)
+            self._lock = None
+
+
+def log_to_terminal() -> None:
+    """Sends the log's main lines to standard output; the run's file gets every line."""
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setLevel(logging.INFO)
+    log.handlers = [handler]
+
+
+def facts_of_machine(device: torch.device) -> dict[str, Any]:
+    """Versions, device and revision, for ``args.json``."""
+    names = ("torch", "torchvision", "numpy", "tensorboardX")
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in names}},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "git_revision": git.stdout.strip() or None,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _comparable(args: Namespace) -> dict[str, Any]:
+    """The arguments as JSON gives them back."""
+    return json.loads(json.dumps({name: value for name, value in sorted(vars(args).items()) if name != "typed"}))
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises UsageError where a folder cannot be made or written, without touching anything."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"--results_dir: {folder} cannot be written: {place} is {'read-only' if place.is_dir() else 'no folder'}")

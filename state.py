@@ -1,0 +1,99 @@
+"""How far a run is, with everything that its next step depends on: in memory, and in a checkpoint."""
+
+import random
+from argparse import Namespace
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import quantize
+import regimes
+from errors import UsageError
+from utils import Meter
+
+
+@dataclass
+class State:
+    """Attributes:
+    model: the network, holding the weights of the next forward pass.
+    optimizer: the wrapped optimizer over all its parameters.
+    start_signs: signs of the quantized parameters at the start of the run, by name: -1 or +1.
+    meter: counts of the current epoch's training.
+    epoch: epochs trained, which is the number of the current one (counted from 0).
+    step: steps trained in the current epoch.
+    seconds: spent in the current epoch by processes that were interrupted.
+    best_prec1: best validation accuracy so far in percent, None before the first.
+    history: the rows of results.csv.
+    """
+
+    model: nn.Module
+    optimizer: quantize.ProjectedOptimizer
+    start_signs: dict[str, Tensor]
+    meter: Meter
+    epoch: int
+    step: int = 0
+    seconds: float = 0.0
+    best_prec1: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def checkpoint(self, args: Namespace) -> dict[str, Any]:
+        """Everything, as tensors and plain values; the keys of the published checkpoints keep their names."""
+        return {
+            **self.network(args),
+            "step": self.step,
+            "seconds": self.seconds,
+            "meter": self.meter.state_dict(),
+            "history": self.history,
+            "optimizer": self.optimizer.state_dict(),
+            "start_signs": {name: sign.to(torch.int8) for name, sign in self.start_signs.items()},
+            "random": _random_state(),
+            "hard_quantized": self.optimizer.frozen,
+        }
+
+    def network(self, args: Namespace) -> dict[str, Any]:
+        """The network as it is now (inside ``hard_quantized()``: the quantized one), and what is needed to build it."""
+        return {
+            "epoch": self.epoch,
+            "model": args.model,
+            "config": {**args.model_config, "num_classes": self.model.fc.out_features},
+            "dataset": args.dataset,
+            "projection_mode": args.projection_mode,
+            "hard_quantized": args.projection_mode is not None,
+            "best_prec1": self.best_prec1,
+            "state_dict": self.model.state_dict(),
+        }
+
+    def restore(self, content: dict[str, Any], regime: regimes.Regime) -> None:
+        """Takes over a ``checkpoint``.
+
+        Raises:
+            UsageError: if it does not fit this run's network or optimizer.
+        """
+        try:
+            self.model.load_state_dict(content["state_dict"])
+            self.epoch, self.step, self.seconds = content["epoch"], content["step"], content["seconds"]
+            self.best_prec1, self.history = content["best_prec1"], content["history"]
+            self.meter.load_state_dict(content["meter"])
+            # At step 0 the optimizer is still that of the epoch before.
+            settings = regimes.settings_at(regime, self.epoch if self.step else max(self.epoch - 1, 0))
+            self.optimizer.base_optimizer = regimes.build_optimizer(self.model.parameters(), settings)
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.start_signs = {name: content["start_signs"][name].to(sign) for name, sign in self.start_signs.items()}
+            _set_random_state(content["random"])
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"the checkpoint does not fit this run ({type(error).__name__}: {reason[:200]})") from None
+
+
+def _random_state() -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {"python": random.getstate(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])

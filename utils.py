@@ -1,0 +1,74 @@
+"""Small things that several parts need: the device, the seeds, and the counting of losses and errors."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from errors import UsageError
+
+
+def select_device(device: str, gpus: list[int], gpus_typed: bool) -> tuple[torch.device, str | None]:
+    """The device of a run, and a warning where it is not what the user asked for.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``auto`` (a GPU where there is one).
+        gpus: indices of GPUs; the first is used.
+        gpus_typed: True where the user named the GPUs.
+
+    Raises:
+        UsageError: if CUDA was asked for explicitly and is not there, or the machine has no GPU of that index.
+    """
+    count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cuda" and not count:
+        raise UsageError("--device cuda: this machine has no CUDA device that torch can use; cpu or auto is accepted here")
+    if not count:
+        asked = gpus_typed and device == "auto"
+        warning = f"--gpus {','.join(map(str, gpus))}: no CUDA device here, running on the CPU" if asked else None
+        return torch.device("cpu"), warning
+    if gpus[0] >= count:
+        raise UsageError(f"--gpus {gpus[0]}: this machine has the GPUs 0 to {count - 1}")
+    torch.cuda.set_device(gpus[0])
+    return torch.device("cuda", gpus[0]), None
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every generator that a run draws from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class Meter:
+    """Mean loss and top-1 and top-5 errors over samples, counted on the device: reading it is the only synchronization."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1 hits, top-5 hits
+        self.samples = 0
+
+    @torch.no_grad()
+    def update(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        """Counts a batch: ``(N, classes)`` logits, ``(N,)`` labels and their mean loss. With under 5 classes top-5 is all."""
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == labels[:, None]
+        self._sums += torch.stack([loss.double() * len(labels), hits[:, 0].sum(), hits.sum()])
+        self.samples += len(labels)
+
+    def read(self) -> dict[str, float]:
+        """``loss`` (mean cross-entropy), ``error1`` and ``error5`` (percent); NaN before the first sample."""
+        if not self.samples:
+            return {"loss": float("nan"), "error1": float("nan"), "error5": float("nan")}
+        loss, top1, top5 = self._sums.tolist()
+        misses1, misses5 = self.samples - top1, self.samples - top5
+        return {"loss": loss / self.samples, "error1": 100 * misses1 / self.samples, "error5": 100 * misses5 / self.samples}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts so far."""
+        return {"sums": self._sums.tolist(), "samples": self.samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a ``state_dict``."""
+        self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self.samples = state["samples"]
