@@ -173,6 +173,10 @@ def build_parser(
     add("--gpus", "--gpu", type=_gpu_list, default=[0], metavar="LIST", help="GPU to use, the first of the list (default: 0)")
     add("--device", type=_word_from(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
         help="cpu, cuda, or auto: a GPU where there is one (default: auto)")  # fmt: skip
+    add("--precision", type=_word_from(("auto", "fp32", "bf16")), default="auto", metavar="NAME",
+        help="of forward and backward passes: fp32, bf16 (autocast; weights, statistics and optimizer stay fp32), or auto: bf16 "
+        "where the hardware computes it natively (default: auto)")  # fmt: skip
+    add("--tf32", action="store_true", help="let CUDA round fp32 products to TF32: faster, not exact")
     return parser
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data import Batches
 from runs import log
 from state import State
-from utils import Meter
+from utils import Meter, Precision
 
 
 class Diverged(Exception):
@@ -73,7 +73,7 @@ class Progress:
         self._bar.close()
 
 
-def train(state: State, batches: Batches, stop: StopSignals, progress: Progress) -> None:
+def train(state: State, batches: Batches, precision: Precision, stop: StopSignals, progress: Progress) -> None:
     """Trains on an epoch's batches from ``state.step`` on, and keeps ``state`` up to date.
 
     Raises:
@@ -84,8 +84,9 @@ def train(state: State, batches: Batches, stop: StopSignals, progress: Progress)
     try:
         for images, labels in batches.epoch(state.epoch, state.step):
             state.optimizer.zero_grad()
-            logits = state.model(images)
-            loss = F.cross_entropy(logits, labels)
+            with precision.autocast():
+                logits = state.model(images)
+                loss = F.cross_entropy(logits, labels)
             loss.backward()
             state.optimizer.step()
             state.meter.update(logits, labels, loss)
@@ -97,13 +98,17 @@ def train(state: State, batches: Batches, stop: StopSignals, progress: Progress)
 
 
 @torch.inference_mode()
-def validate(model: nn.Module, batches: Batches, device: torch.device, stop: StopSignals | None = None) -> dict[str, float]:
+def validate(
+    model: nn.Module, batches: Batches, device: torch.device, precision: Precision, stop: StopSignals | None = None
+) -> dict[str, float]:
     """Loss and errors of the network as it is, see ``Meter.read``. Raises Interrupted on a signal, between two batches."""
     model.eval()
     meter = Meter(device)
     for images, labels in batches.epoch(0):
-        logits = model(images)
-        meter.update(logits, labels, F.cross_entropy(logits, labels))
+        with precision.autocast():
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+        meter.update(logits, labels, loss)
         if stop is not None:
             stop.check()
     return meter.read()

@@ -50,6 +50,7 @@ class Job:
     mode: quantize.ProjectionMode
     regime: regimes.Regime
     device: torch.device
+    precision: utils.Precision
     stop: loops.StopSignals
 
 
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         args, warnings = cli.parse(argv, modes=quantize.MODES, models=MODELS, datasets=data.DATASETS, optimizers=regimes.OPTIMIZERS)
         if args.evaluate is not None:
             return evaluate(args)
+        utils.keep_freed_memory()
         return train(args, warnings)
     except UsageError as error:
         return _fail(str(error), 2)
@@ -80,6 +82,7 @@ def train(args: Namespace, warnings: list[str]) -> int:
     device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed)
     for line in [*warnings, *([warning] if warning else [])]:
         log.warning(f"warning: {line}")
+    precision = utils.select_precision(args.precision, device, args.tf32)
 
     sets = data.load(args.dataset, Path(args.data_dir), device, args.batch_size, args.seed, log.info, args.workers, args.input_size)
     utils.seed_everything(args.seed)
@@ -95,12 +98,12 @@ def train(args: Namespace, warnings: list[str]) -> int:
     start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
     state = State(model, optimizer, start_signs, utils.Meter(device), args.start_epoch)
 
-    run.open(runs.facts_of_machine(device))
+    run.open({**runs.facts_of_machine(device), "precision": precision.name})
     try:
         if run.state is not None:
             state.restore(run.state, regime)
             log.info(f"{run.folder}: continuing in epoch {state.epoch + 1}, after step {state.step}/{len(sets.train)}")
-        job = Job(args, run, sets, mode, regime, device, loops.StopSignals())
+        job = Job(args, run, sets, mode, regime, device, precision, loops.StopSignals())
         describe(job, state)
         board = tracking.Board(Path(args.tb_dir) if args.tb_dir else run.folder / "tb", continued_from=state.epoch)
         if not state.history:
@@ -133,7 +136,9 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
         set_optimizer(job, state, settings)
     try:
         words = f"epoch {state.epoch + 1}/{args.epochs}"
-        loops.train(state, job.sets.train, job.stop, loops.Progress(words, len(job.sets.train), state, args.print_freq))
+        loops.train(
+            state, job.sets.train, job.precision, job.stop, loops.Progress(words, len(job.sets.train), state, args.print_freq)
+        )
         row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength}
         row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
         with optimizer.hard_quantized():
@@ -167,7 +172,7 @@ def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:
 
 def validate(job: Job, state: State) -> dict[str, float]:
     """Loss and errors of the network as it is now."""
-    return loops.validate(state.model, job.sets.validation, job.device, job.stop)
+    return loops.validate(state.model, job.sets.validation, job.device, job.precision, job.stop)
 
 
 def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Board) -> None:
@@ -202,19 +207,20 @@ def evaluate(args: Namespace) -> int:
     device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed)
     if warning:
         log.warning(f"warning: {warning}")
+    precision = utils.select_precision(args.precision, device, args.tf32)
     sets = data.load(dataset, Path(args.data_dir), device, args.batch_size, args.seed, log.info, args.workers, args.input_size)
     model = build_model(model_name, dataset, config, sets.classes).to(device, memory_format=torch.channels_last)
     checkpoints.load_weights(model, content, path)
 
     log.info(f"{path}: {model_name} {config} on {sets.source}, projection mode {mode_name or 'none'}")
-    figures = {"as it is": loops.validate(model, sets.validation, device)}
+    figures = {"as it is": loops.validate(model, sets.validation, device, precision)}
     if mode is not quantize.FULL_PRECISION:
         # A network that is quantized already is taken as it is: quantizing it once more could move its levels.
         if not content.get("hard_quantized"):
             with torch.no_grad():
                 for _, weight in mode.select(model):
                     weight.copy_(mode.hard_quantize(weight))
-        figures["hard-quantized"] = loops.validate(model, sets.validation, device)
+        figures["hard-quantized"] = loops.validate(model, sets.validation, device, precision)
     for words, found in figures.items():
         log.info(f"{words}: loss {found['loss']:.6f}, top-1 error {found['error1']:.2f}%, top-5 error {found['error5']:.2f}%")
     return 0
@@ -235,7 +241,7 @@ def describe(job: Job, state: State) -> None:
     """What is about to run, in the log."""
     args, sets = job.args, job.sets
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    log.info(f"run: {job.run.folder} on {job.device}, seed {args.seed}")
+    log.info(f"run: {job.run.folder} on {job.device}, {job.precision.name} ({job.precision.reason}), seed {args.seed}")
     log.info(f"data: {sets.source}; {sets.train.samples} training and {sets.validation.samples} validation images")
     log.info(
         f"network: {args.model} {args.model_config}, {parameters:,} parameters" + (f", from {args.resume}" if args.resume else "")

@@ -1,6 +1,10 @@
 """Small things that several parts need: the device, the seeds, and the counting of losses and errors."""
 
+import contextlib
+import ctypes
 import random
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +36,61 @@ def select_device(device: str, gpus: list[int], gpus_typed: bool) -> tuple[torch
         raise UsageError(f"--gpus {gpus[0]}: this machine has the GPUs 0 to {count - 1}")
     torch.cuda.set_device(gpus[0])
     return torch.device("cuda", gpus[0]), None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How forward passes are computed. Latent weights, BatchNorm statistics and optimizer state are float32 either way.
+
+    Attributes:
+        name: ``fp32`` or ``bf16``.
+        device_type: ``cpu`` or ``cuda``.
+        reason: why it was chosen, in words.
+    """
+
+    name: str
+    device_type: str
+    reason: str = "as asked"
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context that forward pass and loss run in."""
+        return torch.autocast(self.device_type, torch.bfloat16) if self.name == "bf16" else contextlib.nullcontext()
+
+
+def select_precision(requested: str, device: torch.device, tf32: bool) -> Precision:
+    """``fp32``, ``bf16``, or for ``auto`` bf16 where the hardware computes it natively. Without ``tf32``, fp32 is exact on CUDA."""
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    if requested != "auto":
+        return Precision(requested, device.type)
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        reason = "compute capability 8.0 or higher" if native else "compute capability below 8.0"
+    else:
+        native = bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+        reason = "this CPU computes bf16 natively" if native else "this CPU has no native bf16"
+    return Precision("bf16" if native else "fp32", device.type, reason)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[1].split()}
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next step instead of returning it to the system.
+
+    Every step allocates the same activations again; fetching their pages anew took a sixth of a ResNet-20 step on two cores.
+    Does nothing on other C libraries.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
+    with contextlib.suppress(AttributeError, OSError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def seed_everything(seed: int) -> None:
