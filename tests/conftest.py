@@ -1,0 +1,50 @@
+"""Shared by all tests: the real command line in a subprocess, and a tiny data set in class folders."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+from datasets import CIFAR10_CLASSES
+
+ROOT = Path(__file__).parent.parent
+MAIN = ROOT / "main_binary_reg.py"
+
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("default")
+
+
+def run_main(*arguments: object, cwd: Path = ROOT, check: int | None = 0, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Runs the script as a user does; fails the test if the exit status is not ``check``."""
+    command = [sys.executable, str(MAIN), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "2"}
+    )
+    if check is not None:
+        assert done.returncode == check, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def make_class_folders(folder: Path, train: int = 8, test: int = 3, extension: str = "png") -> None:
+    """A CIFAR-10 of a few images a class, each a noisy patch of its class's colour, so that there is something to learn."""
+    random = np.random.default_rng(0)
+    colours = random.integers(0, 200, (len(CIFAR10_CLASSES), 1, 1, 3))
+    for split, count in (("train", train), ("test", test)):
+        for label, name in enumerate(CIFAR10_CLASSES):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = (colours[label] + random.integers(0, 55, (32, 32, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / split / name / f"{index:04d}.{extension}")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A data folder with 80 + 30 images in CIFAR-10's class folders."""
+    data_dir = tmp_path_factory.mktemp("data")
+    make_class_folders(data_dir / "CIFAR10")
+    return data_dir
