@@ -181,9 +181,11 @@ def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Bo
     What is written after the checkpoint can be made again from it; what is written before is purged when its epoch is repeated.
     """
     args, optimizer = job.args, state.optimizer
+    metrics = quantize.measure(optimizer.latent, optimizer.quantized(), state.start_signs)
+    row |= {metric: sum(values.values()) / len(values) for metric, values in metrics.items()}
     state.history.append(row)
     state.epoch, state.step, state.seconds, state.meter = state.epoch + 1, 0, 0.0, utils.Meter(job.device)
-    board.add_epoch(row, quantize.measure(optimizer.latent, optimizer.quantized(), state.start_signs))
+    board.add_epoch(row, metrics)
     if state.epoch % max(1, args.epochs // tracking.HISTOGRAMS) == 0 or state.epoch in (args.freeze_epoch, args.epochs):
         board.add_histograms(optimizer.latent, state.epoch)
     if state.epoch == args.epochs:

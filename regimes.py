@@ -5,7 +5,7 @@ rest. Settings are ``optimizer`` (a name in ``OPTIMIZERS``) and that optimizer's
 """
 
 import inspect
-import math
+import sys
 from argparse import Namespace
 from collections.abc import Iterable
 from typing import Any
@@ -72,8 +72,8 @@ def resolve_regime(args: Namespace, model_regime: Regime, projected: bool) -> Re
     elif args.optimizer != "SGD":
         chosen = {0: {"optimizer": args.optimizer, "lr": args.lr}}
     elif projected:
-        chosen = {epoch: {**entry, "weight_decay": 0.0} for epoch, entry in model_regime.items()}
-        chosen[0]["momentum"] = args.momentum
+        chosen = {epoch: {name: entry[name] for name in entry if name != "weight_decay"} for epoch, entry in model_regime.items()}
+        chosen[0] |= {"momentum": args.momentum, "weight_decay": 0.0}
     else:
         chosen = model_regime
     regime = {epoch: dict(chosen[epoch]) for epoch in sorted(chosen)}
@@ -85,17 +85,22 @@ def resolve_regime(args: Namespace, model_regime: Regime, projected: bool) -> Re
                 entry["lr"] = args.lr if epoch == 0 else entry["lr"] * ratio
     if args.no_adjust:
         regime = {0: regime[0]}
-    _drop_untyped_leftovers(regime, set(typed), args.regime or {})
-    _check(regime)
+    _check_names(regime)
+    # A regime made for SGD keeps its momentum and decay out of an Adam that the user asked for.
+    kept = {"optimizer", *typed, *(args.regime or {}).get(0, {}), *_accepted(regime[0]["optimizer"])}
+    regime[0] = {name: value for name, value in regime[0].items() if name in kept}
+    _check_values(regime)
     return regime
 
 
 def settings_at(regime: Regime, epoch: int) -> dict[str, Any]:
-    """The settings that hold in an epoch."""
+    """The settings that hold in an epoch. A change of optimizer drops what the new one does not take."""
     settings: dict[str, Any] = {}
-    for start in sorted(regime):
-        if start <= epoch:
-            settings.update(regime[start])
+    for start in sorted(start for start in regime if start <= epoch):
+        entry = regime[start]
+        if entry.get("optimizer", settings.get("optimizer")) != settings.get("optimizer"):
+            settings = {name: value for name, value in settings.items() if name in _accepted(entry["optimizer"])}
+        settings.update(entry)
     return settings
 
 
@@ -114,35 +119,37 @@ def update_settings(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) 
         group.update({name: value for name, value in settings.items() if name != "optimizer"})
 
 
-def _accepted(optimizer: str) -> set[str]:
-    return set(inspect.signature(OPTIMIZERS[optimizer]).parameters) - _NOT_SETTINGS
+def _accepted(optimizer: str) -> dict[str, Any]:
+    """The settings that an optimizer takes, with their defaults."""
+    parameters = inspect.signature(OPTIMIZERS[optimizer]).parameters
+    return {name: parameter.default for name, parameter in parameters.items() if name not in _NOT_SETTINGS}
 
 
-def _drop_untyped_leftovers(regime: Regime, typed: set[str], given: Regime) -> None:
-    """A regime made for SGD keeps its momentum and decay out of an Adam that the user asked for."""
-    accepted = _accepted(settings_at(regime, 0)["optimizer"])
+def _check_names(regime: Regime) -> None:
     for epoch, entry in regime.items():
-        kept = typed | set(given.get(epoch, {})) | accepted | {"optimizer", "lr"}
-        for name in [name for name in entry if name not in kept]:
-            del entry[name]
+        optimizer = entry.get("optimizer", "SGD")
+        if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
+            raise UsageError(f"--regime: epoch {epoch}: optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
 
 
-def _check(regime: Regime) -> None:
-    """Raises UsageError on the first setting that an optimizer of the regime does not take."""
+def _check_values(regime: Regime) -> None:
+    """Raises UsageError on the first setting that the optimizer of its epoch does not take."""
     for epoch in regime:
         settings = settings_at(regime, epoch)
         optimizer = settings["optimizer"]
-        if optimizer not in OPTIMIZERS:
-            raise UsageError(f"--regime: epoch {epoch}: optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        accepted = _accepted(optimizer)
         for name, value in settings.items():
             if name == "optimizer":
                 continue
-            if name not in _accepted(optimizer):
-                accepted = ", ".join(sorted(_accepted(optimizer)))
-                raise UsageError(f"--{name} {value}: {optimizer} has no setting {name} (epoch {epoch}); it has {accepted}")
+            if name not in accepted:
+                raise UsageError(
+                    f"--{name} {value}: {optimizer} has no setting {name} (epoch {epoch}); it has {', '.join(accepted)}"
+                )
             numbers = value if isinstance(value, (tuple, list)) else (value,)
-            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            if not all(abs(number) <= sys.float_info.max for number in numbers if isinstance(number, (int, float))):
                 raise UsageError(f"--regime: epoch {epoch}: {name} {value} is not a finite number")
+            if isinstance(value, bool) != isinstance(accepted[name], bool):
+                raise UsageError(f"--regime: epoch {epoch}: {name} {value} is not of the kind of its default, {accepted[name]}")
         try:
             build_optimizer([torch.zeros(1, requires_grad=True)], settings)
         except (TypeError, ValueError, RuntimeError, IndexError, OverflowError) as error:

@@ -24,6 +24,7 @@ from files import write_text
 COLUMNS = (
     "epoch", "train_loss", "val_loss", "train_error1", "val_error1", "train_error5", "val_error5",
     "val_loss_bin", "val_error1_bin", "val_error5_bin", "lr", "strength", "seconds",
+    "binary", "quant_error", "sign_change",
 )  # fmt: skip
 
 # What may differ between a run and its continuation: where the folder lies, and what changes no number.
@@ -204,13 +205,13 @@ def log_to_terminal() -> None:
 
 def facts_of_machine(device: torch.device) -> dict[str, Any]:
     """Versions, device and revision, for ``args.json``."""
-    names = ("torch", "torchvision", "numpy", "tensorboardX")
+    names = ("torchvision", "numpy", "tensorboardX")
     here = Path(__file__).parent
     git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "versions": {"python": sys.version.split()[0], **{name: _version(name) for name in names}},
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, **{name: _version(name) for name in names}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "git_revision": git.stdout.strip() or None,
     }

@@ -40,10 +40,9 @@ class Board:
             if row.get(name) is not None:
                 self._writer.add_scalar(name, row[name], epoch)
         for metric, values in metrics.items():
+            self._writer.add_scalar(f"{metric}_mean", row[metric], epoch)
             for parameter, value in values.items():
                 self._writer.add_scalar(f"{metric}/{parameter}", value, epoch)
-            if values:
-                self._writer.add_scalar(f"{metric}_mean", sum(values.values()) / len(values), epoch)
 
     def add_histograms(self, weights: Mapping[str, Tensor], epoch: int) -> None:
         """The distribution of each quantized parameter's latent weights."""

@@ -1,4 +1,4 @@
-"""The method once more, as plainly as it can be said: numpy, float64, one entry or one tensor at a time, for tests to compare with."""
+"""The method once more, as plainly as it can be said: numpy, float64, one entry or one tensor at a time."""
 
 import numpy as np
 

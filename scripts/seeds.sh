@@ -1,0 +1,96 @@
+# Sourced by the training scripts: runs one experiment with several seeds, in parallel over the GPUs.
+#
+#   SEEDS="0 1 2 3"    seeds, each a run of its own: results/NAME_run_SEED, its output in results/NAME_run_SEED.out
+#   GPUS="0 1 2 3"     GPUs to use (default: all there are); without a GPU the seeds run one after another on the CPU
+#   RUNS_PER_GPU=1     runs at a time on each GPU
+#   RESULTS_DIR, TB_DIR, DATASET, DATA_DIR, EXTRA (further arguments, e.g. EXTRA="--precision fp32")
+#
+# A script given again skips finished seeds and continues unfinished ones. Its exit status is 0 only if all seeds are finished.
+
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+make_environment requirements.txt
+
+DEPTH=${DEPTH:-20}
+SEEDS=${SEEDS:-0 1 2 3}
+DATASET=${DATASET:-cifar10}
+DATA_DIR=${DATA_DIR:-Datasets}
+RESULTS_DIR=${RESULTS_DIR:-results}
+TB_DIR=${TB_DIR:-tb}
+NETWORK=resnet$DEPTH
+if [ "$DATASET" != cifar10 ]; then NETWORK=${DATASET}_$NETWORK; fi
+
+# The full-precision network that the quantized runs start from: RESUME, or the one trained under the plain name, or seed 0's.
+warm_start() {
+    if [ -n "${RESUME:-}" ]; then
+        echo "$RESUME"
+    elif [ -e "$RESULTS_DIR/$NETWORK" ]; then
+        echo "$RESULTS_DIR/$NETWORK"
+    else
+        echo "$RESULTS_DIR/${NETWORK}_run_0"
+    fi
+}
+
+# run_seeds NAME ARGUMENTS...
+run_seeds() {
+    local name=$1 slots=() gpu seed slot pid status failed=()
+    shift
+    if [ -z "${GPUS+set}" ]; then
+        GPUS=$( (nvidia-smi --list-gpus 2> /dev/null || true) | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | xargs)
+    fi
+    for gpu in ${GPUS:-cpu}; do
+        for _ in $(seq "${RUNS_PER_GPU:-1}"); do slots+=("$gpu"); done
+    done
+    mkdir -p "$RESULTS_DIR"
+    declare -A slot_of=() seed_of=()
+    trap 'stop_runs INT 130' INT
+    trap 'stop_runs TERM 143' TERM
+
+    echo "$name: seeds $SEEDS on ${GPUS:+GPU }${GPUS:-the CPU}"
+    for seed in $SEEDS; do
+        if [ ${#slots[@]} -eq 0 ]; then wait_for_one; fi
+        slot=${slots[0]}
+        slots=("${slots[@]:1}")
+        local place=()
+        if [ "$slot" != cpu ]; then place=(--gpu "$slot"); fi
+        # shellcheck disable=SC2086  # EXTRA holds several arguments
+        "$PYTHON" main_binary_reg.py --dataset "$DATASET" --data_dir "$DATA_DIR" --results_dir "$RESULTS_DIR" \
+            --model resnet --model_config "{'depth': $DEPTH}" --save "${name}_run_$seed" --tb_dir "$TB_DIR/${name}_run_$seed" \
+            --seed "$seed" "${place[@]}" "$@" ${EXTRA:-} > "$RESULTS_DIR/${name}_run_$seed.out" 2>&1 &
+        slot_of[$!]=$slot
+        seed_of[$!]=$seed
+    done
+    while [ ${#seed_of[@]} -gt 0 ]; do wait_for_one; done
+    trap - INT TERM
+
+    if [ ${#failed[@]} -gt 0 ]; then
+        echo "$name: ${#failed[@]} of $(wc -w <<< "$SEEDS") seeds FAILED: ${failed[*]}" >&2
+        return 1
+    fi
+    echo "$name: all seeds done: $SEEDS"
+}
+
+# Waits for one run to end, says how, and gives its slot back. Uses the variables of run_seeds.
+wait_for_one() {
+    status=0
+    wait -n -p pid || status=$?
+    seed=${seed_of[$pid]}
+    if [ "$status" -eq 0 ]; then
+        echo "seed $seed: $(tail -n 1 "$RESULTS_DIR/${name}_run_$seed.out")"
+    else
+        failed+=("$seed")
+        echo "seed $seed: FAILED with status $status: $(tail -n 1 "$RESULTS_DIR/${name}_run_$seed.out")" >&2
+    fi
+    slots+=("${slot_of[$pid]}")
+    unset "slot_of[$pid]" "seed_of[$pid]"
+}
+
+# stop_runs SIGNAL STATUS: passes an interrupt on to the runs, which save and end.
+stop_runs() {
+    trap '' INT TERM
+    echo "interrupted: stopping the seeds ${seed_of[*]}" >&2
+    kill -TERM "${!seed_of[@]}" 2> /dev/null || true
+    wait
+    trap - "$1"
+    kill -s "$1" $$
+    exit "$2"
+}

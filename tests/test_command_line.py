@@ -1,0 +1,320 @@
+"""The real command line in a subprocess: every mode, warm start, continuing, evaluation."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MAIN, ROOT, run_main
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import models
+import quantize
+
+CSV_COLUMNS = (
+    "epoch,train_loss,val_loss,train_error1,val_error1,train_error5,val_error5,"
+    "val_loss_bin,val_error1_bin,val_error5_bin,lr,strength,seconds,binary,quant_error,sign_change"
+)
+NETWORK = ("--model", "resnet", "--model_config", "{'depth': 8}", "--dataset", "cifar10", "--batch-size", 32, "--precision", "fp32")
+MODES = {
+    "prox": ("--projection_mode", "prox", "--reg_rate", "2.0", "--optimizer", "Adam", "--lr", "0.01"),
+    "lazy": ("--projection_mode", "lazy", "--binary_reg", "1.0", "--optimizer", "Adam", "--lr", "0.01", "--binary_regime"),
+    "prox_ternary": ("--projection_mode", "prox_ternary", "--reg_rate", "2.0", "--optimizer", "Adam", "--lr", "0.01"),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_data) -> dict[str, Path]:
+    """A results folder with a trained full-precision network in it."""
+    results = tmp_path_factory.mktemp("results")
+    run_main(*NETWORK, "--data_dir", tiny_data, "--results_dir", results, "--save", "fp", "--epochs", 3, "--lr", "0.01")
+    return {"results": results, "data": tiny_data}
+
+
+def arguments(place: dict[str, Path], *more: object) -> list[object]:
+    return [*NETWORK, "--data_dir", place["data"], "--results_dir", place["results"], *more]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "results.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(folder: Path, name: str = "checkpoint.pth.tar") -> dict:
+    return torch.load(folder / name, weights_only=True)
+
+
+def scalars(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), {"scalars": 0, "histograms": 0, "tensors": 0})
+    return events.Reload()
+
+
+def test_full_precision_writes_everything(place):
+    folder = place["results"] / "fp"
+    found = rows(folder)
+    assert ",".join(found[0]) == CSV_COLUMNS
+    assert [row["epoch"] for row in found] == ["1", "2", "3"]
+    assert all(row["val_error1_bin"] == "" for row in found)
+    assert all(0 <= float(row["val_error1"]) <= 100 for row in found)
+    recorded = json.loads((folder / "args.json").read_text())
+    assert recorded["arguments"]["model_config"] == {"depth": 8}
+    assert recorded["versions"]["torch"] == torch.__version__
+    assert {"device", "precision", "git_revision", "command"} <= set(recorded)
+    log = (folder / "log.txt").read_text()
+    assert re.search(r"epoch 2/3, step 3/3: loss [0-9.]+, error [0-9.]+%, [0-9]+ images/s", log)
+    assert "78,042 parameters" in log
+    content = load(folder)
+    assert content["epoch"] == 3
+    assert content["best_prec1"] == pytest.approx(100 - min(float(row["val_error1"]) for row in found))
+    events = scalars(folder / "tb")
+    for name in ("train_loss", "val_loss", "train_error1", "val_error1", "train_error5", "val_error5", "lr"):
+        assert [point.step for point in events.Scalars(name)] == [1, 2, 3]
+    assert [point.value for point in events.Scalars("val_loss")] == pytest.approx([float(row["val_loss"]) for row in found])
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_quantized_run_from_start_to_end(place, mode_name, tmp_path):
+    folder = place["results"] / mode_name
+    options = ("--save", mode_name, "--resume", place["results"] / "fp", "--epochs", 5, "--freeze_epoch", 3, "--save_all")
+    done = run_main(*arguments(place, *options, *MODES[mode_name], "--tb_dir", tmp_path / "tb"))
+    assert "warning" not in done.stdout + done.stderr
+
+    found = rows(folder)
+    grows = quantize.MODES[mode_name].strength_grows
+    assert [float(row["strength"]) for row in found[:3]] == ([0.0, 2.0, 4.0] if grows else [1.0, 1.0, 1.0])
+    for row in found[3:]:  # frozen: both validations are of the same network
+        assert row["val_error1_bin"] == row["val_error1"]
+        assert row["val_loss_bin"] == row["val_loss"]
+
+    # Before the freeze the state is the soft network (lazy: the projected one), afterwards the quantized one, to the last bit.
+    model = models.resnet("cifar10", 8)
+    names = [name for name, _ in quantize.MODES[mode_name].select(model)]
+    before, *after = (load(folder, f"checkpoint_epoch_{epoch}.pth.tar") for epoch in (3, 4, 5))
+    weights = {"lazy": before["optimizer"]["latent"]}.get(mode_name, before["state_dict"])
+    start = load(place["results"] / "fp", "model_best.pth.tar")["state_dict"]
+    for content in after:
+        for name, value in content["state_dict"].items():
+            if name in names:
+                assert torch.equal(value, quantize.MODES[mode_name].hard_quantize(weights[name])), name
+                allowed = 3 if mode_name == "prox_ternary" else 2
+                assert len(value.unique()) <= allowed
+                if allowed == 2:
+                    assert set(value.unique().tolist()) <= {-1.0, 1.0}
+            elif name.endswith(".weight"):
+                assert len(value.unique()) > 3, name
+                assert not torch.equal(value, start[name]), name
+    frozen, moving = after[0]["state_dict"], after[1]["state_dict"]
+    assert any(not torch.equal(frozen[name], moving[name]) for name in frozen if name not in names)
+    assert all(weight.abs().max() <= 1 for name, weight in weights.items() if name in names)
+
+    events = scalars(tmp_path / "tb")
+    tags = events.Tags()
+    for metric in ("binary", "quant_error", "sign_change"):
+        assert {f"{metric}/{name}" for name in names} <= set(tags["scalars"])
+        assert len(events.Scalars(f"{metric}_mean")) == 5
+    assert events.Scalars("quant_error_mean")[-1].value == 0
+    assert {f"weights/{name}" for name in names} <= set(tags["histograms"])
+    assert any("arguments" in tag for tag in tags["tensors"])
+
+    # The best network is the one that was scored: evaluating it gives the recorded figure.
+    best = min(range(5), key=lambda index: float(found[index]["val_error1_bin"]))
+    content = load(folder, "model_best.pth.tar")
+    assert content["epoch"] == best + 1
+    assert content["best_prec1"] == pytest.approx(100 - float(found[best]["val_error1_bin"]))
+    for path in (folder, folder / "model_best.pth.tar"):
+        printed = run_main("--evaluate", path, "--data_dir", place["data"], "--precision", "fp32").stdout
+        errors = re.findall(r"(as it is|hard-quantized): loss ([0-9.]+), top-1 error ([0-9.]+)%", printed)
+        for _, loss, error in errors:
+            assert float(error) == pytest.approx(float(found[best]["val_error1_bin"]), abs=0.005)
+            assert float(loss) == pytest.approx(float(found[best]["val_loss_bin"]), abs=2e-6)
+        assert len(errors) == 2
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_evaluate_shows_the_soft_and_the_quantized_network(place, mode_name):
+    folder = place["results"] / f"soft_{mode_name}"
+    run_main(*arguments(place, "--save", folder.name, "--resume", place["results"] / "fp", "--epochs", 2, *MODES[mode_name]))
+    last = rows(folder)[-1]
+    printed = run_main("--evaluate", folder / "checkpoint.pth.tar", "--data_dir", place["data"], "--precision", "fp32").stdout
+    for words, suffix in (("as it is", ""), ("hard-quantized", "_bin")):
+        loss, error = re.search(rf"{words}: loss ([0-9.]+), top-1 error ([0-9.]+)%", printed).groups()
+        assert float(error) == pytest.approx(float(last[f"val_error1{suffix}"]), abs=0.005)
+        assert float(loss) == pytest.approx(float(last[f"val_loss{suffix}"]), rel=1e-5)
+
+
+def test_the_same_command_finds_a_finished_run_complete(place):
+    before = (place["results"] / "fp" / "checkpoint.pth.tar").read_bytes()
+    done = run_main(*arguments(place, "--save", "fp", "--epochs", 3, "--lr", "0.01"))
+    assert "complete" in done.stdout
+    assert (place["results"] / "fp" / "checkpoint.pth.tar").read_bytes() == before
+
+
+def test_other_arguments_into_a_used_folder(place):
+    run_main(*arguments(place, "--save", "used", "--epochs", 1, "--lr", "0.01"))
+    folder = place["results"] / "used"
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    done = run_main(*arguments(place, "--save", "used", "--epochs", 1, "--lr", "0.02", "--seed", 3), check=2)
+    assert "--lr 0.01 there, 0.02 here" in done.stderr
+    assert "--seed 0 there, 3 here" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    run_main(*arguments(place, "--save", "used", "--epochs", 1, "--lr", "0.02", "--seed", 3, "--overwrite"))
+    assert json.loads((folder / "args.json").read_text())["arguments"]["seed"] == 3
+
+
+def test_unnamed_runs_never_share_a_folder(place, tmp_path):
+    command = [sys.executable, str(MAIN), *map(str, arguments(place, "--epochs", 1))]
+    command[command.index("--results_dir") + 1] = str(tmp_path)
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [process.wait(timeout=240) for process in both] == [0, 0, 0]
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 3
+    assert all(len(rows(folder)) == 1 for folder in folders)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_an_interrupted_run_continues_to_the_same_end(place, number):
+    options = ("--resume", place["results"] / "fp", "--epochs", 4, "--freeze_epoch", 2, *MODES["lazy"], "--print-freq", 1)
+    options = (*options, "--batch-size", 4)
+    whole, broken = (place["results"] / f"{kind}_{number.name}" for kind in ("whole", "broken"))
+    run_main(*arguments(place, *options, "--save", whole.name))
+
+    command = [sys.executable, str(MAIN), *map(str, arguments(place, *options, "--save", broken.name))]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    waited = time.monotonic()
+    while not (log := broken / "log.txt").exists() or "epoch 2/4, step 3/" not in log.read_text():
+        assert process.poll() is None
+        assert time.monotonic() - waited < 120
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 128 + number
+    printed = process.stdout.read()
+    assert f"stopped by {number.name}" in printed
+    assert load(broken)["epoch"] == 1
+    assert load(broken)["step"] >= 3
+
+    done = run_main(*arguments(place, *options, "--save", broken.name))
+    assert "continuing in epoch 2" in done.stdout
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        one, other = load(whole, name)["state_dict"], load(broken, name)["state_dict"]
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    without_time = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)] for folder in (whole, broken)]
+    assert without_time[0] == without_time[1]
+    events = scalars(broken / "tb")
+    assert [point.step for point in events.Scalars("train_loss")] == [1, 2, 3, 4]
+    assert sum("epoch 2/4: train loss" in line for line in (broken / "log.txt").read_text().splitlines()) == 1
+
+
+def test_two_processes_on_one_folder(place):
+    options = arguments(place, "--save", "locked", "--epochs", 500)
+    command = [sys.executable, str(MAIN), *map(str, options)]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        while not (place["results"] / "locked" / "results.csv").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = run_main(*options, check=2)
+        assert "another process is working in" in second.stderr
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    third = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert "continuing" in third.stdout.readline()  # the lock died with its owner
+    finally:
+        third.kill()
+        third.wait()
+        third.stdout.close()
+
+
+def test_a_diverging_run_stops_and_keeps_its_checkpoint(place):
+    options = ("--save", "diverging", "--epochs", 3, "--regime", "{0: {'lr': 0.01}, 1: {'lr': 1e30}}")
+    done = run_main(*arguments(place, *options), check=1)
+    assert re.search(r"epoch [23]/3, step \d+: the training loss is (nan|inf)", done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+    content = load(place["results"] / "diverging")
+    assert all(value.isfinite().all() for value in content["state_dict"].values())
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(place):
+    options = arguments(place, "--save", "damaged", "--epochs", 4, "--lr", "0.01")
+    run_main(*options)
+    folder = place["results"] / "damaged"
+    good = load(folder)["state_dict"]
+    latest = folder / "checkpoint.pth.tar"
+    content = bytearray(latest.read_bytes())
+    content[len(content) // 2] ^= 16
+    latest.write_bytes(content)
+    done = run_main(*options)
+    assert "damaged" in done.stdout
+    assert "continuing in epoch 4" in done.stdout
+    again = load(folder)["state_dict"]
+    assert all(torch.equal(good[name], again[name]) for name in good)
+
+
+def test_a_published_checkpoint_is_a_warm_start(place, tmp_path):
+    """Its form: other keys beside, the configuration as text, names under ``module.``, no counters of batches."""
+    torch.manual_seed(5)
+    model = models.resnet("cifar10", 8)
+    state = {f"module.{name}": value for name, value in model.state_dict().items() if "num_batches" not in name}
+    content = {"epoch": 7, "model": "resnet", "config": "{'depth': 8}", "state_dict": state, "best_prec1": 99.9, "regime": {0: {}}}
+    torch.save(content, tmp_path / "published.pth.tar", _use_new_zipfile_serialization=False)
+    run_main(*arguments(place, "--save", "from_published", "--resume", tmp_path / "published.pth.tar", "--epochs", 1, "--lr", 0))
+    found = load(place["results"] / "from_published")["state_dict"]
+    assert torch.equal(found["layer1.0.conv1.weight"], model.layer1[0].conv1.weight)
+    assert (place["results"] / "from_published" / "model_best.pth.tar").exists()  # its own best, not the 99.9 of the other run
+    done = run_main("--evaluate", tmp_path / "published.pth.tar", "--data_dir", place["data"], "--projection_mode", "prox")
+    assert "hard-quantized" in done.stdout
+
+
+def test_seeds_differ_and_repeat(place):
+    states = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_main(*arguments(place, "--save", f"seed_{name}", "--seed", seed, "--epochs", 1))
+        states.append(load(place["results"] / f"seed_{name}")["state_dict"])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["conv1.weight"], states[2]["conv1.weight"])
+
+
+def test_no_gpu_is_said_once(place):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = run_main(*arguments(place, "--save", "gpu", "--epochs", 1, "--gpu", 0))
+    assert (done.stdout + done.stderr).count("no CUDA device") == 1
+    done = run_main(*arguments(place, "--save", "cuda", "--epochs", 1, "--device", "cuda"), check=2)
+    assert "--device cuda" in done.stderr
+    assert not (place["results"] / "cuda").exists()
+
+
+def test_start_epoch_beyond_the_freeze_freezes_at_once(place):
+    options = ("--save", "late", "--resume", place["results"] / "fp", "--epochs", 4, "--start-epoch", 3, "--freeze_epoch", 2)
+    run_main(*arguments(place, *options, *MODES["prox"]))
+    folder = place["results"] / "late"
+    assert [row["epoch"] for row in rows(folder)] == ["4"]
+    state = load(folder)["state_dict"]
+    assert set(state["conv1.weight"].unique().tolist()) == {-1.0, 1.0}
+
+
+def test_freeze_before_training_is_ternary_in_ternary_mode(place):
+    options = ("--save", "frozen_first", "--resume", place["results"] / "fp", "--epochs", 1, "--freeze_epoch", 0)
+    run_main(*arguments(place, *options, *MODES["prox_ternary"]))
+    state = load(place["results"] / "frozen_first")["state_dict"]
+    start = load(place["results"] / "fp", "model_best.pth.tar")["state_dict"]
+    name = "layer1.0.conv1.weight"
+    assert torch.equal(state[name], quantize.ternarize(start[name]))
+
+
+def test_adjust_reg_makes_up_for_a_smaller_learning_rate(place):
+    options = ("--save", "adjusted", "--epochs", 4, "--projection_mode", "prox", "--reg_rate", "0.5", "--adjust_reg")
+    regime = "{0: {'optimizer': 'Adam', 'lr': 0.01}, 2: {'lr': 0.001}}"
+    run_main(*arguments(place, *options, "--regime", regime))
+    strengths = [float(row["strength"]) for row in rows(place["results"] / "adjusted")]
+    assert strengths == pytest.approx([0.0, 0.5, 10.0, 15.0])

@@ -1,0 +1,351 @@
+"""Data: the batched augmentation against torchvision's per-image transforms, and every way that data on disk can be wrong."""
+
+import gzip
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_class_folders
+from PIL import Image
+
+import data
+import datasets
+from errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+def split(images: int = 40) -> datasets.Split:
+    random = np.random.default_rng(0)
+    return datasets.Split(random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8), np.arange(images) % 10)
+
+
+def load(name: str, folder: Path, said: list[str] | None = None, **options) -> data.Data:
+    said = [] if said is None else said
+    return data.load(name, folder, CPU, options.pop("batch_size", 16), 0, said.append, **options)
+
+
+def published_views(image: np.ndarray, mirror: bool) -> dict[bytes, tuple[int, int, bool]]:
+    """Every image that pad 4, crop and mirror can make of one, through torchvision's own functions."""
+    from torchvision.transforms import functional as TF
+
+    padded = TF.pad(Image.fromarray(image), 4)
+    views = {}
+    for dy in range(9):
+        for dx in range(9):
+            crop = TF.crop(padded, dy, dx, 32, 32)
+            for mirrored in (False, True) if mirror else (False,):
+                views[np.asarray(TF.hflip(crop) if mirrored else crop).tobytes()] = (dy, dx, mirrored)
+    return views
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_augmentation_is_uniform_over_the_published_views(mirror):
+    """One image, many epochs: each of its 162 (or 81) views comes, each about equally often, and nothing else."""
+    one = datasets.Split(np.repeat(split(1).images, 500, axis=0), np.zeros(500, dtype=np.int64))
+    views = published_views(one.images[0], mirror)
+    batches = data.TrainingBatches(one, 500, 0, CPU, mirror)
+    counts = dict.fromkeys(views.values(), 0)
+    epochs = 40
+    for epoch in range(epochs):
+        order, dy, dx, mirrored = batches._draw(epoch)
+        for pixels in batches._crop(order, dy, dx, mirrored).numpy():
+            counts[views[pixels.tobytes()]] += 1
+    expected = 500 * epochs / len(views)
+    chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
+    degrees = len(views) - 1
+    assert abs(chi_square - degrees) < 5 * (2 * degrees) ** 0.5
+
+
+def test_draws_of_an_epoch_are_independent():
+    """Offsets, mirrorings and order are uncorrelated, within an image and between neighbours."""
+    batches = data.TrainingBatches(datasets.Split(split(1).images.repeat(4000, 0), np.zeros(4000, np.int64)), 128, 0, CPU)
+    columns = [drawn.double() for drawn in batches._draw(3)]
+    columns += [torch.roll(drawn, 1) for drawn in columns]
+    correlation = torch.corrcoef(torch.stack(columns)) - torch.eye(8)
+    assert correlation.abs().max() < 5 / 4000**0.5
+
+
+def test_normalization_is_torchvisions():
+    from torchvision import transforms
+
+    images = split()
+    normalize = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    batches = data.ValidationBatches(images, CPU)
+    found, labels = next(iter(batches.epoch()))
+    expected = torch.stack([normalize(image) for image in images.images])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert labels.tolist() == images.labels.tolist()
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, 40, 64])
+def test_an_epoch_has_every_image_once(batch_size):
+    images = split()
+    images = datasets.Split(images.images, np.arange(40))
+    batches = data.TrainingBatches(images, batch_size, 0, CPU)
+    seen = [labels for _, labels in batches.epoch(0)]
+    assert len(seen) == len(batches) == -(-40 // batch_size)
+    assert sorted(torch.cat(seen).tolist()) == list(range(40))
+    assert torch.cat(seen).tolist() != torch.cat([labels for _, labels in batches.epoch(1)]).tolist() or batch_size == 1
+
+
+def test_a_batch_follows_from_seed_epoch_and_step_alone():
+    first, second = (data.TrainingBatches(split(), 16, 7, CPU) for _ in range(2))
+    list(first.epoch(0))
+    torch.manual_seed(99)
+    whole = list(first.epoch(5))
+    rest = list(second.epoch(5, start=1))
+    assert len(rest) == len(whole) - 1
+    for (images, labels), (other_images, other_labels) in zip(whole[1:], rest, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
+    other_seed = next(data.TrainingBatches(split(), 16, 8, CPU).epoch(5))[1]
+    assert not torch.equal(other_seed, whole[0][1])
+
+
+def test_the_sample_is_in_the_repository():
+    sets = load("sample", Path("nowhere"))
+    assert (sets.train.samples, sets.validation.samples, sets.classes) == (6000, 1000, 10)
+    labels = torch.cat([labels for _, labels in sets.validation.epoch()])
+    assert labels.bincount().tolist() == [100] * 10
+
+
+# Class folders and their cache.
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "JPEG"])
+def test_class_folders(tmp_path, extension):
+    make_class_folders(tmp_path / "CIFAR10", extension=extension)
+    sets = load("cifar10", tmp_path)
+    assert (sets.train.samples, sets.validation.samples, sets.classes) == (80, 30, 10)
+    path = tmp_path / "CIFAR10" / "test" / "bird" / f"0001.{extension}"
+    with Image.open(path) as image:
+        assert np.array_equal(sets.validation._images[2 * 3 + 1].numpy(), np.asarray(image.convert("RGB")))
+
+
+def test_class_folders_are_decoded_once(tmp_path, monkeypatch):
+    make_class_folders(tmp_path / "CIFAR10")
+    first = load("cifar10", tmp_path)
+    monkeypatch.setattr(datasets, "_decode", lambda paths, name: pytest.fail("decoded again"))
+    second = load("cifar10", tmp_path)
+    assert torch.equal(first.validation._images, second.validation._images)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "text", "pickle", "labels"])
+def test_a_damaged_cache_is_said_and_made_again(tmp_path, damage):
+    make_class_folders(tmp_path / "CIFAR10")
+    good = load("cifar10", tmp_path).validation._images
+    cache = tmp_path / "CIFAR10" / datasets.CACHE
+    content = bytearray(cache.read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif damage == "flipped":
+        content[len(content) // 3] ^= 1
+    elif damage == "empty":
+        content = b""
+    elif damage == "text":
+        content = b"not an archive"
+    elif damage == "pickle":
+        np.savez(cache, fingerprint=np.array([{"a": 1}], dtype=object))
+        content = cache.read_bytes()
+    else:
+        with np.load(cache) as archive:
+            arrays = dict(archive)
+        arrays["test_labels"] = arrays["test_labels"] + 5
+        np.savez(cache, **arrays)
+        content = cache.read_bytes()
+    cache.write_bytes(content)
+    said = []
+    assert torch.equal(load("cifar10", tmp_path, said).validation._images, good)
+    assert "damaged" in said[0]
+    assert str(cache) in said[0]
+    said.clear()
+    load("cifar10", tmp_path, said)
+    assert said == []
+
+
+def test_changed_images_are_decoded_again(tmp_path):
+    make_class_folders(tmp_path / "CIFAR10")
+    load("cifar10", tmp_path)
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "CIFAR10" / "test" / "dog" / "9999.png")
+    said = []
+    assert load("cifar10", tmp_path, said).validation.samples == 31
+    assert "changed" in said[0]
+
+
+def test_a_folder_that_cannot_be_written_works_without_cache(tmp_path, monkeypatch):
+    make_class_folders(tmp_path / "CIFAR10")
+
+    def refuse(path, write):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(datasets, "write_whole", refuse)
+    said = []
+    assert load("cifar10", tmp_path, said).train.samples == 80
+    assert "Permission denied" in said[0]
+
+
+def break_folders(folder: Path, fault: str) -> str:
+    """Damages class folders; returns what the error must name."""
+    if fault == "missing class":
+        for image in (folder / "test" / "frog").iterdir():
+            image.unlink()
+        (folder / "test" / "frog").rmdir()
+        return "frog"
+    if fault == "empty class":
+        for image in (folder / "train" / "ship").iterdir():
+            image.unlink()
+        return "ship"
+    if fault == "unknown class":
+        (folder / "train" / "zebra").mkdir()
+        return "zebra"
+    path = folder / "train" / "cat" / "0003.png"
+    if fault == "unreadable image":
+        path.write_bytes(path.read_bytes()[:60])
+    elif fault == "no image":
+        path.write_bytes(b"hello")
+    else:
+        Image.new("RGB", (33, 32)).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("fault", ["missing class", "empty class", "unknown class", "unreadable image", "no image", "wrong size"])
+def test_faulty_class_folders_are_named(tmp_path, fault):
+    make_class_folders(tmp_path / "CIFAR10")
+    named = break_folders(tmp_path / "CIFAR10", fault)
+    with pytest.raises(UsageError) as caught:
+        load("cifar10", tmp_path)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "CIFAR10" / datasets.CACHE).exists()
+
+
+# torchvision's own layouts.
+
+
+def lay_down_cifar(root: Path, monkeypatch, name: str) -> np.ndarray:
+    """Ten images in torchvision's files of CIFAR-10 or CIFAR-100, with its checksums set to theirs."""
+    import hashlib
+
+    import torchvision.datasets as vision
+
+    kind = getattr(vision, name)
+    folder = root / kind.base_folder
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+
+    def write(file_name: str, content: dict) -> str:
+        (folder / file_name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / file_name).read_bytes()).hexdigest()
+
+    label_key, names_key = ("labels", "label_names") if name == "CIFAR10" else ("fine_labels", "fine_label_names")
+    classes = 10 if name == "CIFAR10" else 100
+    lists = {}
+    for which in ("train_list", "test_list"):
+        lists[which] = []
+        for file_name, _ in getattr(kind, which):
+            pixels = random.integers(0, 256, (2, 3072), dtype=np.uint8)
+            lists[which].append((file_name, write(file_name, {"data": pixels, label_key: [0, classes - 1]})))
+        monkeypatch.setattr(kind, which, lists[which])
+    meta = dict(kind.meta)
+    meta["md5"] = write(meta["filename"], {names_key: [f"class {index}" for index in range(classes)]})
+    monkeypatch.setattr(kind, "meta", meta)
+    return pixels.reshape(2, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("place", [".", "published"])
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_torchvisions_cifar(tmp_path, monkeypatch, name, place):
+    last = lay_down_cifar(tmp_path / (name if place == "published" else "."), monkeypatch, name)
+    sets = load(name.lower(), tmp_path)
+    assert sets.classes == (10 if name == "CIFAR10" else 100)
+    assert sets.train.samples == (10 if name == "CIFAR10" else 2)
+    assert np.array_equal(sets.validation._images.numpy(), last)
+
+
+def write_idx(path: Path, array: np.ndarray, compress: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(content) if compress else content)
+
+
+@pytest.mark.parametrize("name", ["MNIST", "FashionMNIST"])
+def test_torchvisions_mnist(tmp_path, name):
+    random = np.random.default_rng(0)
+    for prefix in ("train", "t10k"):
+        images = random.integers(0, 256, (12, 28, 28), dtype=np.uint8)
+        write_idx(tmp_path / name / "raw" / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(tmp_path / name / "raw" / f"{prefix}-labels-idx1-ubyte", np.arange(12, dtype=np.uint8) % 10)
+    sets = load(name.lower(), tmp_path)
+    assert sets.classes == 10
+    found = sets.validation._images.numpy()
+    assert np.array_equal(found[:, 2:30, 2:30, 1], images)
+    assert found[:, :2].max() == 0
+    mirrored = torch.cat([sets.train._draw(epoch)[3] for epoch in range(5)])
+    assert mirrored.any() == (name == "FashionMNIST")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashionmnist", "mnist"])
+def test_absent_and_not_to_be_had(tmp_path, monkeypatch, name):
+    import urllib.request
+
+    def offline(*args, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    said = []
+    with pytest.raises(UsageError) as caught:
+        load(name, tmp_path / "data", said)
+    message = str(caught.value)
+    assert str(tmp_path / "data") in message
+    assert "torchvision" in message
+    assert "\n" not in message
+    assert ("class folders" in message) == (name == "cifar10")
+    assert "downloading" in said[0]
+    assert not (tmp_path / "data").exists()
+
+
+# ImageNet.
+
+
+@pytest.fixture
+def imagenet(tmp_path) -> Path:
+    random = np.random.default_rng(0)
+    for part, count in (("train", 6), ("val", 3)):
+        for name in ("n01", "n02", "n03"):
+            folder = tmp_path / "imagenet" / part / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                size = random.integers(40, 90, 2)
+                Image.fromarray(random.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{index}.jpg")
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_imagenet_batches(imagenet, workers):
+    sets = load("imagenet", imagenet, batch_size=5, workers=workers, input_size=32)
+    assert (sets.classes, sets.train.samples, sets.validation.samples) == (3, 18, 9)
+    whole = list(sets.train.epoch(2))
+    assert [len(labels) for _, labels in whole] == [5, 5, 5, 3]
+    assert whole[0][0].shape == (5, 3, 32, 32)
+    again = list(load("imagenet", imagenet, batch_size=5, workers=0, input_size=32).train.epoch(2, start=2))
+    for (images, labels), (other_images, other_labels) in zip(whole[2:], again, strict=True):
+        assert torch.equal(images, other_images)
+        assert torch.equal(labels, other_labels)
+    assert torch.cat([labels for _, labels in sets.validation.epoch()]).tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_imagenet_faults(imagenet):
+    bad = imagenet / "imagenet" / "train" / "n02" / "1.jpg"
+    bad.write_bytes(b"no image")
+    with pytest.raises(UsageError, match="n02"):
+        list(load("imagenet", imagenet, workers=2, input_size=32).train.epoch(0))
+    (imagenet / "imagenet" / "train" / "n04").mkdir()
+    with pytest.raises(UsageError, match="n04"):
+        load("imagenet", imagenet)
+    with pytest.raises(UsageError, match="train/<class>"):
+        load("imagenet", imagenet / "imagenet" / "val")
