@@ -139,7 +139,7 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
         loops.train(
             state, job.sets.train, job.precision, job.stop, loops.Progress(words, len(job.sets.train), state, args.print_freq)
         )
-        row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength}
+        row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength if optimizer.projecting else 0.0}
         row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
         with optimizer.hard_quantized():
             if optimizer.projecting:

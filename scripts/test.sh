@@ -9,4 +9,4 @@ if "$PYTHON" -m ruff --version > /dev/null 2>&1; then
 else
     echo "ruff is not installed for $PYTHON: the code's form is not checked"
 fi
-exec "$PYTHON" -m pytest -q "$@"
+exec "$PYTHON" -m pytest -q -n 2 "$@"

@@ -89,7 +89,8 @@ def test_a_quantized_run_from_start_to_end(place, mode_name, tmp_path):
     found = rows(folder)
     grows = quantize.MODES[mode_name].strength_grows
     assert [float(row["strength"]) for row in found[:3]] == ([0.0, 2.0, 4.0] if grows else [1.0, 1.0, 1.0])
-    for row in found[3:]:  # frozen: both validations are of the same network
+    for row in found[3:]:  # frozen: both validations are of the same network, and nothing is projected
+        assert float(row["strength"]) == 0
         assert row["val_error1_bin"] == row["val_error1"]
         assert row["val_loss_bin"] == row["val_loss"]
 

@@ -1,0 +1,138 @@
+"""The training scripts: seeds side by side, queues, failures, interrupts; and the sample's maker."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+SCRIPTS = {
+    "train-cifar10-fp.sh": "resnet8",
+    "train-cifar10-pq-binary.sh": "resnet8_pq_binary_Adam",
+    "train-cifar10-binaryconnect.sh": "resnet8_bc_Adam",
+    "train-cifar10-pq-ternary.sh": "resnet8_pq_ternary_Adam",
+}
+
+
+def environment(folder: Path, data: Path, **more: str) -> dict[str, str]:
+    settings = {
+        "PYTHON": sys.executable,
+        "DEPTH": "8",
+        "EPOCHS": "2",
+        "FREEZE_EPOCH": "1",
+        "SEEDS": "0 1",
+        "GPUS": "",
+        "DATA_DIR": str(data),
+    }
+    places = {
+        "RESULTS_DIR": str(folder / "results"),
+        "TB_DIR": str(folder / "tb"),
+        "EXTRA": "--precision fp32",
+        "OMP_NUM_THREADS": "1",
+    }
+    return {**os.environ, **settings, **places, **more}
+
+
+def run(script: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([ROOT / "scripts" / script], capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("scripts")
+
+
+def test_all_four_one_after_another(folder, tiny_data):
+    for script, name in SCRIPTS.items():
+        done = run(script, env=environment(folder, tiny_data))
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.splitlines()[-1] == f"{name}: all seeds done: 0 1"
+        for seed in (0, 1):
+            assert (folder / "results" / f"{name}_run_{seed}" / "model_best.pth.tar").exists()
+            assert list((folder / "tb" / f"{name}_run_{seed}").iterdir())
+    again = run("train-cifar10-fp.sh", env=environment(folder, tiny_data))
+    assert again.returncode == 0
+    assert again.stdout.count("complete") == 2
+
+
+def fake_python(folder: Path, body: str) -> str:
+    """An interpreter in name: gets main_binary_reg.py's arguments, so that queues can be tested without training."""
+    path = folder / "fake-python"
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_failing_seed_is_named(tmp_path):
+    fake = fake_python(tmp_path, 'case "$*" in *"--seed 1 "*) echo broken; exit 3;; *) echo fine;; esac')
+    done = run("train-cifar10-pq-binary.sh", env=environment(tmp_path, tmp_path, PYTHON=fake, SEEDS="0 1 2"))
+    assert done.returncode == 1
+    assert "seed 1: FAILED with status 3: broken" in done.stderr
+    assert done.stderr.splitlines()[-1] == "resnet8_pq_binary_Adam: 1 of 3 seeds FAILED: 1"
+    assert "seed 2: fine" in done.stdout
+
+
+@pytest.mark.parametrize(("gpus", "per_gpu", "at_once"), [("", "1", 1), ("0 1", "1", 2), ("0 1", "2", 4)])
+def test_more_seeds_than_places_queue_up(tmp_path, gpus, per_gpu, at_once):
+    body = (
+        f'mkdir {tmp_path}/on_$$; ls -d {tmp_path}/on_* | wc -l; sleep 0.6; rmdir {tmp_path}/on_$$; echo "$*" >> {tmp_path}/calls'
+    )
+    fake = fake_python(tmp_path, body)
+    settings = environment(tmp_path, tmp_path, PYTHON=fake, SEEDS="0 1 2 3 4", GPUS=gpus, RUNS_PER_GPU=per_gpu)
+    assert run("train-cifar10-fp.sh", env=settings).returncode == 0
+    counts = [int((tmp_path / "results" / f"resnet8_run_{seed}.out").read_text()) for seed in range(5)]
+    assert max(counts) == at_once
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 5
+    used = {call.split("--gpu ")[1].split()[0] for call in calls if "--gpu " in call}
+    assert used == set(gpus.split())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_children(tmp_path, number):
+    body = f"trap 'echo stopped >> {tmp_path}/stopped; exit 143' TERM; echo $$ >> {tmp_path}/started; while :; do sleep 0.05; done"
+    settings = environment(tmp_path, tmp_path, PYTHON=fake_python(tmp_path, body), GPUS="0 1")
+    process = subprocess.Popen(
+        [ROOT / "scripts" / "train-cifar10-fp.sh"], env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    began = time.monotonic()
+    while not (tmp_path / "started").exists() or len((tmp_path / "started").read_text().split()) < 2:
+        assert time.monotonic() - began < 30
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == -number
+    assert (tmp_path / "stopped").read_text().split() == ["stopped"] * 2
+    for child in map(int, (tmp_path / "started").read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+
+
+def test_summary_of_runs(folder, tiny_data):
+    test_all_four_one_after_another(folder, tiny_data) if not (folder / "results").exists() else None
+    runs = [folder / "results" / f"{name}_run_0" for name in SCRIPTS.values()]
+    done = subprocess.run([sys.executable, ROOT / "scripts" / "summary.py", *runs], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == [path.name for path in runs]
+    assert "95.8%" in lines[2]
+    assert lines[2].split()[-1] == "0.000"
+
+
+def test_the_sample_is_what_its_maker_makes(tmp_path):
+    source = Path("/usr/share/datasets/fashion-mnist")
+    if not source.exists():
+        pytest.skip("the four files of Fashion-MNIST are not here (Debian: dataset-fashion-mnist)")
+    (tmp_path / "scripts").mkdir()
+    maker = tmp_path / "scripts" / "make_sample.py"
+    maker.write_text((ROOT / "scripts" / "make_sample.py").read_text())
+    subprocess.run([sys.executable, maker, source], check=True, capture_output=True)
+    with (
+        np.load(tmp_path / "sample" / "fashion-mnist-7000.npz") as made,
+        np.load(ROOT / "sample" / "fashion-mnist-7000.npz") as kept,
+    ):
+        for name in kept.files:
+            assert np.array_equal(made[name], kept[name])
