@@ -1,6 +1,7 @@
 """Checkpoint files: written whole, read as tensors and plain values only."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def read(path: Path) -> dict[str, Any]:
                 damaged = archive.testzip()
             if damaged:
                 raise UnreadableCheckpoint(f"{path}: damaged (checksum of {damaged})")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the forms of pickle; what cannot be read is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UnreadableCheckpoint(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError:
@@ -86,13 +89,18 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path) -> None:
     # BatchNorm's counter of batches came to torch later than the published checkpoints.
     counters = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
     given = {**counters, **given}
-    differing = sorted(set(given) ^ set(wanted)) or [name for name in wanted if given[name].shape != wanted[name].shape]
+    differing = sorted(set(given) ^ set(wanted)) or [name for name in wanted if not _alike(given[name], wanted[name])]
     if differing:
         raise UsageError(f"{path}: a checkpoint of another network, they differ in {differing[0]!r}")
     broken = [name for name, value in given.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise UsageError(f"{path}: {broken[0]!r} holds values that are not finite numbers")
     model.load_state_dict(given)
+
+
+def _alike(given: Tensor, wanted: Tensor) -> bool:
+    kind = given.is_floating_point() == wanted.is_floating_point() and not given.is_complex()
+    return kind and given.shape == wanted.shape and given.layout == torch.strided
 
 
 def _depth(state: dict[str, Tensor]) -> int:

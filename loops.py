@@ -7,10 +7,11 @@ from types import FrameType
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data import Batches
+from quantize import ProjectedOptimizer
 from runs import log
 from state import State
 from utils import Meter, Precision
@@ -73,6 +74,19 @@ class Progress:
         self._bar.close()
 
 
+def train_step(
+    model: nn.Module, optimizer: ProjectedOptimizer, images: Tensor, labels: Tensor, precision: Precision, meter: Meter
+) -> None:
+    """One step on one batch. Nothing in here waits for the device."""
+    optimizer.zero_grad()
+    with precision.autocast():
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+    loss.backward()
+    optimizer.step()
+    meter.update(logits, labels, loss)
+
+
 def train(state: State, batches: Batches, precision: Precision, stop: StopSignals, progress: Progress) -> None:
     """Trains on an epoch's batches from ``state.step`` on, and keeps ``state`` up to date.
 
@@ -83,13 +97,7 @@ def train(state: State, batches: Batches, precision: Precision, stop: StopSignal
     state.model.train()
     try:
         for images, labels in batches.epoch(state.epoch, state.step):
-            state.optimizer.zero_grad()
-            with precision.autocast():
-                logits = state.model(images)
-                loss = F.cross_entropy(logits, labels)
-            loss.backward()
-            state.optimizer.step()
-            state.meter.update(logits, labels, loss)
+            train_step(state.model, state.optimizer, images, labels, precision, state.meter)
             state.step += 1
             progress.step()
             stop.check()

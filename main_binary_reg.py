@@ -18,6 +18,7 @@ import ast
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{error}: stopped, the last good checkpoint is kept; a smaller --lr may help", 1)
     except loops.Interrupted as interruption:
         return 128 + interruption.number
+    except KeyboardInterrupt:  # before the first step, with nothing to save
+        return 130
     except OSError as error:
         return _fail(f"{error}: stopped, the last good checkpoint is kept", 1)
 
@@ -77,6 +80,7 @@ def train(args: Namespace, warnings: list[str]) -> int:
     """One run, from its command line to its last epoch."""
     run = runs.Run(args)
     if run.finished:
+        run.finish()
         log.info(f"{run.folder}: complete, all {args.epochs} epochs are trained")
         return 0
     device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed)
@@ -200,12 +204,11 @@ def evaluate(args: Namespace) -> int:
     """Prints plain and hard-quantized loss and errors of a checkpoint. What is not given comes from the checkpoint."""
     path = checkpoints.locate(Path(args.evaluate))
     content = checkpoints.read(path)
-    given = {name: getattr(args, name) for name in ("model", "dataset", "projection_mode") if name in args.typed}
-    config = _config_of(content) | args.model_config
-    model_name, dataset, mode_name = (
-        given.get(name) or content.get(name) or getattr(args, name) for name in ("model", "dataset", "projection_mode")
-    )
+    model_name = _given_or_kept(args, content, "model", MODELS)
+    dataset = _given_or_kept(args, content, "dataset", data.DATASETS)
+    mode_name = _given_or_kept(args, content, "projection_mode", [*quantize.MODES, None])
     mode = quantize.MODES.get(mode_name, quantize.FULL_PRECISION)
+    config = _config_of(content) | args.model_config
     device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed)
     if warning:
         log.warning(f"warning: {warning}")
@@ -254,6 +257,14 @@ def describe(job: Job, state: State) -> None:
         count = sum(weight.numel() for weight in latent.values())
         log.info(f"mode: {job.mode.name} ({job.mode.title}), {count:,} weights in {len(latent)} tensors ({count / parameters:.1%})")
         log.debug(f"quantized: {', '.join(latent)}")
+
+
+def _given_or_kept(args: Namespace, content: dict[str, Any], name: str, known: Collection[str | None]) -> Any:
+    """What the user typed, else what the checkpoint says, else the flag's default."""
+    value = getattr(args, name) if name in args.typed else content.get(name, getattr(args, name))
+    if not isinstance(value, str | None) or value not in known:
+        raise UsageError(f"--evaluate {args.evaluate}: the checkpoint's {name} {value!r} is not known; give --{name}")
+    return value
 
 
 def _config_of(content: dict[str, Any]) -> dict[str, Any]:

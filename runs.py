@@ -80,8 +80,12 @@ class Run:
         return [
             f"--{name} {old.get(name)} there, {self._arguments.get(name)} here"
             for name in names
-            if old.get(name) != self._arguments.get(name) and name not in _FREE
+            if old.get(name) != self._arguments.get(name) and name not in _FREE and not self._grown(name, old.get(name))
         ]
+
+    def _grown(self, name: str, old: Any) -> bool:
+        """A run may be made longer when it is continued."""
+        return name == "epochs" and isinstance(old, int) and old < self._arguments["epochs"]
 
     def _read_state(self) -> dict[str, Any] | None:
         """The latest checkpoint that can be read; a damaged one is said and passed over."""
@@ -99,6 +103,12 @@ class Run:
         """True where all epochs have been trained already."""
         return self.state is not None and self.state["epoch"] >= self._arguments["epochs"]
 
+    def finish(self) -> None:
+        """Makes up for a process that died between the last checkpoint and the end."""
+        rows = self.state["history"]
+        if (self.folder / "results.csv").read_text().count("\n") <= len(rows):
+            self.write_results(rows)
+
     def open(self, facts: dict[str, Any]) -> None:
         """Makes and locks the folder, and writes ``args.json`` there: the arguments, and facts about machine and program.
 
@@ -112,12 +122,17 @@ class Run:
                 self._look()  # again: the process that had the lock may have changed it
                 if self._differing:
                     self._clear()
-            if self.state is None or not (self.folder / "args.json").exists():
-                text = json.dumps({"arguments": self._arguments, **facts}, indent=2)
-                write_text(self.folder / "args.json", text + "\n")
+            self._write_arguments(facts)
             self._open_log()
         except OSError as error:
             raise UsageError(f"--results_dir: {self.folder} cannot be written ({error.strerror or error})") from None
+
+    def _write_arguments(self, facts: dict[str, Any]) -> None:
+        path, content = self.folder / "args.json", {"arguments": self._arguments, **facts}
+        if self.state is not None and path.exists():
+            first = json.loads(path.read_text())
+            content = {**first, "arguments": self._arguments, "continued": [*first.get("continued", []), facts]}
+        write_text(path, json.dumps(content, indent=2) + "\n")
 
     def _make_folder(self) -> Path:
         if self._named:

@@ -1,16 +1,21 @@
 """What TensorBoard shows of a run."""
 
 import json
+import os
+import time
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-from tensorboardX.summary import hparams
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from torch import Tensor
 
 HISTOGRAMS = 20  # about so many over a run: enough to see the weights split, small enough to load quickly
+BINS = 80
 _CURVES = ("train_loss", "val_loss", "train_error1", "val_error1", "train_error5", "val_error5",
            "val_loss_bin", "val_error1_bin", "val_error5_bin", "lr", "strength")  # fmt: skip
 _HPARAMS = ("model", "dataset", "projection_mode", "optimizer", "lr", "batch_size", "epochs", "freeze_epoch", "reg_rate", "seed")
@@ -19,53 +24,64 @@ _HPARAMS = ("model", "dataset", "projection_mode", "optimizer", "lr", "batch_siz
 class Board:
     """The event file of one run. Steps are epochs trained.
 
+    Events are written when they are added, and not by a thread later as SummaryWriter does: after ``flush`` they are in the file,
+    so that a checkpoint written then has all its points there.
+
     Args:
-        folder: where it is written.
+        folder: where the file is written.
         continued_from: epochs that were trained before; points beyond them, from an interrupted process, are purged.
+
+    Raises:
+        OSError: here and in every method, if the file cannot be written.
     """
 
     def __init__(self, folder: Path, continued_from: int) -> None:
-        self._writer = SummaryWriter(str(folder), purge_step=continued_from + 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        purged = continued_from + 1 if continued_from else 0
+        self._events.write_event(Event(wall_time=time.time(), step=purged, session_log=SessionLog(status=SessionLog.START)))
 
     def add_start(self, args: Namespace, weights: Mapping[str, Tensor], epoch: int) -> None:
         """The arguments as text, and the weights before the first step."""
         shown = {name: value for name, value in sorted(vars(args).items()) if name != "typed"}
-        self._writer.add_text("arguments", "\n".join(f"    {name} = {json.dumps(value)}" for name, value in shown.items()), 0)
+        self._add(summary.text("arguments", "\n".join(f"    {name} = {json.dumps(value)}" for name, value in shown.items())), epoch)
         self.add_histograms(weights, epoch)
 
     def add_epoch(self, row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> None:
         """The epoch's results, each parameter's metrics, and their means over the parameters."""
-        epoch = row["epoch"]
-        for name in _CURVES:
-            if row.get(name) is not None:
-                self._writer.add_scalar(name, row[name], epoch)
-        for metric, values in metrics.items():
-            self._writer.add_scalar(f"{metric}_mean", row[metric], epoch)
-            for parameter, value in values.items():
-                self._writer.add_scalar(f"{metric}/{parameter}", value, epoch)
+        values = {name: row[name] for name in _CURVES if row.get(name) is not None}
+        for metric, by_parameter in metrics.items():
+            values[f"{metric}_mean"] = row[metric]
+            values |= {f"{metric}/{parameter}": value for parameter, value in by_parameter.items()}
+        self._add_scalars(values, row["epoch"])
 
     def add_histograms(self, weights: Mapping[str, Tensor], epoch: int) -> None:
         """The distribution of each quantized parameter's latent weights."""
         for name, weight in weights.items():
-            self._writer.add_histogram(f"weights/{name}", weight.float().cpu().numpy(), epoch, bins="auto")
+            self._add(summary.histogram(f"weights/{name}", weight.float().cpu().numpy(), BINS), epoch)
 
     def add_final(self, args: Namespace, row: Mapping[str, Any], best_error1: float) -> None:
         """The hyper-parameters beside the final figures, for the hparams page."""
         chosen = {name: _plain(getattr(args, name)) for name in _HPARAMS} | {f"model_{k}": v for k, v in args.model_config.items()}
         final = {f"hparam/{name}": row[name] for name in ("val_error1", "val_error1_bin") if row.get(name) is not None}
         final["hparam/best_error1"] = best_error1
-        for summary in hparams(chosen, final):
-            self._writer.file_writer.add_summary(summary)
-        for name, value in final.items():
-            self._writer.add_scalar(name, value, row["epoch"])
+        for part in summary.hparams(chosen, final):
+            self._add(part, 0)
+        self._add_scalars(final, row["epoch"])
 
     def flush(self) -> None:
-        """Everything so far reaches the file."""
-        self._writer.flush()
+        """Hands everything so far to the system: a killed process loses none of it."""
+        self._events.flush()
 
     def close(self) -> None:
         """Ends the file."""
-        self._writer.close()
+        self._events.close()
+
+    def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        self._add(Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]), step)
+
+    def _add(self, content: Summary, step: int) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
 
 
 def _plain(value: Any) -> Any:

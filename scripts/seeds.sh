@@ -32,7 +32,7 @@ warm_start() {
 
 # run_seeds NAME ARGUMENTS...
 run_seeds() {
-    local name=$1 slots=() gpu seed slot pid status failed=()
+    local name=$1 slots=() gpu seed slot failed=()
     shift
     if [ -z "${GPUS+set}" ]; then
         GPUS=$( (nvidia-smi --list-gpus 2> /dev/null || true) | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | xargs)
@@ -71,14 +71,15 @@ run_seeds() {
 
 # Waits for one run to end, says how, and gives its slot back. Uses the variables of run_seeds.
 wait_for_one() {
-    status=0
+    local pid status=0 ended last
     wait -n -p pid || status=$?
-    seed=${seed_of[$pid]}
+    ended=${seed_of[$pid]}
+    last=$(tail -n 1 "$RESULTS_DIR/${name}_run_$ended.out")
     if [ "$status" -eq 0 ]; then
-        echo "seed $seed: $(tail -n 1 "$RESULTS_DIR/${name}_run_$seed.out")"
+        echo "seed $ended: $last"
     else
-        failed+=("$seed")
-        echo "seed $seed: FAILED with status $status: $(tail -n 1 "$RESULTS_DIR/${name}_run_$seed.out")" >&2
+        failed+=("$ended")
+        echo "seed $ended: FAILED with status $status: $last" >&2
     fi
     slots+=("${slot_of[$pid]}")
     unset "slot_of[$pid]" "seed_of[$pid]"

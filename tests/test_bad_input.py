@@ -10,7 +10,7 @@ from conftest import run_main
 
 import models
 
-GOOD = ("--dataset", "sample", "--model_config", "{'depth': 8}", "--epochs", "2", "--save", "run")
+GOOD = ("--dataset=sample", "--model_config", "{'depth': 8}", "--epochs", "2", "--save", "run")
 
 # arguments, and what the line must hold
 CASES = [
@@ -62,6 +62,7 @@ CASES = [
     (["--evaluate", "nowhere"], ["nowhere", "no such"]),
     (["--evaluate", "hostile.pth.tar"], ["hostile.pth.tar", "refused"]),
     (["--evaluate", "truncated.pth.tar"], ["truncated.pth.tar", "damaged"]),
+    (["--evaluate", "unknown_mode.pth.tar"], ["unknown_mode.pth.tar", "projection_mode", "porx"]),
     (["--dataset", "cifar10", "--data_dir", "no_class"], ["no_class", "airplane"]),
     (["--dataset", "imagenet", "--data_dir", "empty"], ["empty", "train/<class>"]),
     (["--results_dir", "text.pth.tar"], ["--results_dir", "text.pth.tar"]),
@@ -87,6 +88,7 @@ def folder(tmp_path_factory) -> Path:
     (place / "hostile.pth.tar").write_bytes(pickle.dumps({"state_dict": Hostile()}))
     torch.save({"state_dict": state, "regime": Hostile()}, place / "hostile_zip.pth.tar")
     (place / "text.pth.tar").write_text("not a checkpoint")
+    torch.save({"state_dict": state, "projection_mode": "porx", "dataset": "sample"}, place / "unknown_mode.pth.tar")
     torch.save([1, 2], place / "list.pth.tar")
     broken = {name: value * float("nan") if value.is_floating_point() else value for name, value in state.items()}
     torch.save({"state_dict": broken}, place / "nan.pth.tar")

@@ -157,6 +157,29 @@ def test_the_same_command_finds_a_finished_run_complete(place):
     assert (place["results"] / "fp" / "checkpoint.pth.tar").read_bytes() == before
 
 
+def test_a_run_can_be_made_longer(place):
+    for epochs in (1, 3):
+        run_main(*arguments(place, "--save", "longer", "--epochs", epochs, "--lr", "0.01"))
+    run_main(*arguments(place, "--save", "at_once", "--epochs", 3, "--lr", "0.01"))
+    one, other = (load(place["results"] / name)["state_dict"] for name in ("longer", "at_once"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    recorded = json.loads((place["results"] / "longer" / "args.json").read_text())
+    assert recorded["arguments"]["epochs"] == 3
+    assert len(recorded["continued"]) == 1
+    shorter = run_main(*arguments(place, "--save", "longer", "--epochs", 2, "--lr", "0.01"), check=2)
+    assert "--epochs 3 there, 2 here" in shorter.stderr
+
+
+def test_results_lost_after_the_last_checkpoint_are_made_up_for(place):
+    options = arguments(place, "--save", "csv", "--epochs", 2, "--lr", "0.01")
+    run_main(*options)
+    path = place["results"] / "csv" / "results.csv"
+    whole = path.read_text()
+    path.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert "complete" in run_main(*options).stdout
+    assert path.read_text() == whole
+
+
 def test_other_arguments_into_a_used_folder(place):
     run_main(*arguments(place, "--save", "used", "--epochs", 1, "--lr", "0.01"))
     folder = place["results"] / "used"
