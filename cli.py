@@ -176,6 +176,9 @@ def build_parser(
     add("--precision", type=_word_from(("auto", "fp32", "bf16")), default="auto", metavar="NAME",
         help="of forward and backward passes: fp32, bf16 (autocast; weights, statistics and optimizer stay fp32), or auto: bf16 "
         "where the hardware computes it natively (default: auto)")  # fmt: skip
+    add("--compile", type=_word_from(("auto", "on", "off")), default="auto", metavar="NAME",
+        help="compile the network for training (torch.compile): on, off, or auto: on a CPU with a C++ compiler if the run is "
+        "long enough to gain (default: auto)")  # fmt: skip
     add("--tf32", action="store_true", help="let CUDA round fp32 products to TF32: faster, not exact")
     return parser
 

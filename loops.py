@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -15,6 +16,8 @@ from quantize import ProjectedOptimizer
 from runs import log
 from state import State
 from utils import Meter, Precision
+
+Network = Callable[[Tensor], Tensor]
 
 
 class Diverged(Exception):
@@ -75,20 +78,22 @@ class Progress:
 
 
 def train_step(
-    model: nn.Module, optimizer: ProjectedOptimizer, images: Tensor, labels: Tensor, precision: Precision, meter: Meter
+    network: Network, optimizer: ProjectedOptimizer, images: Tensor, labels: Tensor, precision: Precision, meter: Meter
 ) -> None:
     """One step on one batch. Nothing in here waits for the device."""
     optimizer.zero_grad()
     with precision.autocast():
-        logits = model(images)
+        logits = network(images)
         loss = F.cross_entropy(logits, labels)
     loss.backward()
     optimizer.step()
     meter.update(logits, labels, loss)
 
 
-def train(state: State, batches: Batches, precision: Precision, stop: StopSignals, progress: Progress) -> None:
+def train(state: State, network: Network, batches: Batches, precision: Precision, stop: StopSignals, progress: Progress) -> None:
     """Trains on an epoch's batches from ``state.step`` on, and keeps ``state`` up to date.
+
+    ``network`` is ``state.model``, or a compiled form of it.
 
     Raises:
         Interrupted: on a signal, between two steps.
@@ -97,7 +102,7 @@ def train(state: State, batches: Batches, precision: Precision, stop: StopSignal
     state.model.train()
     try:
         for images, labels in batches.epoch(state.epoch, state.step):
-            train_step(state.model, state.optimizer, images, labels, precision, state.meter)
+            train_step(network, state.optimizer, images, labels, precision, state.meter)
             state.step += 1
             progress.step()
             stop.check()

@@ -52,6 +52,7 @@ class Job:
     regime: regimes.Regime
     device: torch.device
     precision: utils.Precision
+    network: loops.Network
     stop: loops.StopSignals
 
 
@@ -101,13 +102,16 @@ def train(args: Namespace, warnings: list[str]) -> int:
     optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode)
     start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
     state = State(model, optimizer, start_signs, utils.Meter(device), args.start_epoch)
+    steps = (args.epochs - args.start_epoch) * len(sets.train)
+    state.compiled = utils.select_compile(args.compile, device, steps)
 
     run.open({**runs.facts_of_machine(device), "precision": precision.name})
     try:
         if run.state is not None:
             state.restore(run.state, regime)
             log.info(f"{run.folder}: continuing in epoch {state.epoch + 1}, after step {state.step}/{len(sets.train)}")
-        job = Job(args, run, sets, mode, regime, device, precision, loops.StopSignals())
+        network = utils.CompiledNetwork(model, device, args.batch_size) if state.compiled else model
+        job = Job(args, run, sets, mode, regime, device, precision, network, loops.StopSignals())
         describe(job, state)
         board = tracking.Board(Path(args.tb_dir) if args.tb_dir else run.folder / "tb", continued_from=state.epoch)
         if not state.history:
@@ -140,9 +144,8 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
         set_optimizer(job, state, settings)
     try:
         words = f"epoch {state.epoch + 1}/{args.epochs}"
-        loops.train(
-            state, job.sets.train, job.precision, job.stop, loops.Progress(words, len(job.sets.train), state, args.print_freq)
-        )
+        progress = loops.Progress(words, len(job.sets.train), state, args.print_freq)
+        loops.train(state, job.network, job.sets.train, job.precision, job.stop, progress)
         row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength if optimizer.projecting else 0.0}
         row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
         with optimizer.hard_quantized():
@@ -246,7 +249,8 @@ def describe(job: Job, state: State) -> None:
     """What is about to run, in the log."""
     args, sets = job.args, job.sets
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    log.info(f"run: {job.run.folder} on {job.device}, {job.precision.name} ({job.precision.reason}), seed {args.seed}")
+    computed = f"{job.precision.name} ({job.precision.reason}){', compiled' if state.compiled else ''}"
+    log.info(f"run: {job.run.folder} on {job.device}, {computed}, seed {args.seed}")
     log.info(f"data: {sets.source}; {sets.train.samples} training and {sets.validation.samples} validation images")
     log.info(
         f"network: {args.model} {args.model_config}, {parameters:,} parameters" + (f", from {args.resume}" if args.resume else "")

@@ -26,6 +26,7 @@ class State:
     seconds: spent in the current epoch by processes that were interrupted.
     best_prec1: best validation accuracy so far in percent, None before the first.
     history: the rows of results.csv.
+    compiled: whether the network is compiled for training; a continuation keeps to it, since it changes roundings.
     """
 
     model: nn.Module
@@ -37,6 +38,7 @@ class State:
     seconds: float = 0.0
     best_prec1: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    compiled: bool = False
 
     def checkpoint(self, args: Namespace) -> dict[str, Any]:
         """Everything, as tensors and plain values; the keys of the published checkpoints keep their names."""
@@ -50,6 +52,7 @@ class State:
             "start_signs": {name: sign.to(torch.int8) for name, sign in self.start_signs.items()},
             "random": _random_state(),
             "hard_quantized": self.optimizer.frozen,
+            "compiled": self.compiled,
         }
 
     def network(self, args: Namespace) -> dict[str, Any]:
@@ -74,7 +77,7 @@ class State:
         try:
             self.model.load_state_dict(content["state_dict"])
             self.epoch, self.step, self.seconds = content["epoch"], content["step"], content["seconds"]
-            self.best_prec1, self.history = content["best_prec1"], content["history"]
+            self.best_prec1, self.history, self.compiled = content["best_prec1"], content["history"], content["compiled"]
             self.meter.load_state_dict(content["meter"])
             # At step 0 the optimizer is still that of the epoch before.
             settings = regimes.settings_at(regime, self.epoch if self.step else max(self.epoch - 1, 0))

@@ -2,14 +2,17 @@
 
 import contextlib
 import ctypes
+import logging
+import os
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import UsageError
 
@@ -78,6 +81,45 @@ def _cpu_flags() -> set[str]:
     except OSError:
         return set()
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[1].split()}
+
+
+# Compiling costs about as much as this many steps gain on two CPU cores (both compilations, before and after the freeze).
+COMPILE_PAYS_OFF = 6000
+
+
+def select_compile(requested: str, device: torch.device, steps: int) -> bool:
+    """Whether to compile the network for training.
+
+    Args:
+        requested: ``on``, ``off``, or ``auto``: on a CPU, where a C++ compiler is there and the run is long enough.
+        device: of the run.
+        steps: of the whole run, however often it is interrupted, so that its continuations decide alike.
+
+    Raises:
+        UsageError: if ``on`` is asked for on a CPU without a C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if requested == "on" and device.type == "cpu" and not shutil.which(compiler):
+        raise UsageError(f"--compile on: the C++ compiler {compiler} is not there; install one, or use --compile off")
+    return requested == "on" or (
+        requested == "auto" and device.type == "cpu" and steps >= COMPILE_PAYS_OFF and shutil.which(compiler) is not None
+    )
+
+
+class CompiledNetwork:
+    """A network's training forward pass, compiled for one batch size; batches of another size go through the network itself.
+
+    The smaller last batch of an epoch would cost a second compilation for a few milliseconds of gain.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device, batch_size: int) -> None:
+        self._model, self._batch_size = model, batch_size
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
+        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
+        self._compiled = torch.compile(model, dynamic=False, mode=mode)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return (self._compiled if len(images) == self._batch_size else self._model)(images)
 
 
 def keep_freed_memory() -> None:

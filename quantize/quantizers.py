@@ -27,6 +27,6 @@ def ternarize(w: Tensor, within: Within = ONE_TENSOR) -> Tensor:
     threshold = (0.7 * within.mean(x.abs())).to(x.dtype)
     # Where 0.7 * mean|w| is too small to be represented, every entry but zero lies beyond it.
     threshold = torch.maximum(threshold, torch.nextafter(torch.zeros_like(threshold), torch.ones_like(threshold)))
-    high, low = x >= threshold, x <= -threshold
+    high, low = (x >= threshold).to(x.dtype), (x <= -threshold).to(x.dtype)
     levels = high * within.mean(x, high).to(x.dtype) + low * within.mean(x, low).to(x.dtype)
     return levels.to(w.dtype)

@@ -10,10 +10,11 @@ class OneTensor:
     """Means within one whole tensor: what a quantizer uses unless it is told otherwise."""
 
     def mean(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Mean of ``x``, or of the entries of ``x`` where ``mask`` is true (0 where none is); float64, so that sums stay exact."""
+        """Mean of ``x``, or of the entries of ``x`` where ``mask`` is 1 and not 0 (0 where none is); float64, so that no sum
+        overflows and counts are exact."""
         if mask is None:
             return x.sum(dtype=torch.float64) / max(x.numel(), 1)
-        return (x * mask).sum(dtype=torch.float64) / mask.sum().clamp(min=1)
+        return (x * mask).sum(dtype=torch.float64) / mask.sum(dtype=torch.float64).clamp(min=1)
 
 
 ONE_TENSOR = OneTensor()
@@ -68,7 +69,7 @@ class SideBySide:
         return self._column(self._sums(x * mask) / self._sums(mask).clamp(min=1))
 
     def _sums(self, x: Tensor) -> Tensor:
-        in_rows = x.sum(dim=1, dtype=torch.float64)
+        in_rows = x.sum(dim=1).double()  # a row is short enough to be summed in its own precision, which is faster
         return torch.segment_reduce(in_rows, "sum", lengths=self._lengths, unsafe=True)
 
     def _column(self, values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Measures a training step against the conventional pipeline and against the floor, all in one interleaved run.
 
-    python scripts/bench.py [--device auto|cpu|cuda] [--quick] [--json FILE]
+    python scripts/bench.py [--device auto|cpu|cuda] [--quick] [--compile] [--json FILE]
 
 conventional: a DataLoader with torchvision's per-image transforms, float32 in NCHW, many small kernels in the projection.
 ours:         what main_binary_reg.py does, per mode and precision.
@@ -71,11 +71,12 @@ class Setting:
         return optimizer
 
 
-def ours(setting: Setting, mode_name: str) -> Step:
+def ours(setting: Setting, mode_name: str, compiled: bool = False) -> Step:
     """A step of main_binary_reg.py."""
     model = setting.network()
     optimizer, meter, batches = setting.optimizer(model, mode_name), utils.Meter(setting.device), setting.batches()
-    return lambda: loops.train_step(model, optimizer, *next(batches), setting.precision, meter)
+    network = utils.CompiledNetwork(model, setting.device, setting.batch_size) if compiled else model
+    return lambda: loops.train_step(network, optimizer, *next(batches), setting.precision, meter)
 
 
 def conventional(setting: Setting) -> Step:
@@ -268,12 +269,16 @@ def figures(seconds: list[float], batch_size: int) -> dict[str, float]:
     }
 
 
-def report_speed(device: torch.device, precisions: list[str], rounds: int, block: int) -> dict[str, dict[str, float]]:
+def report_speed(
+    device: torch.device, precisions: list[str], rounds: int, block: int, compiled: bool
+) -> dict[str, dict[str, float]]:
     """The main table."""
     settings = {name: Setting(device, name) for name in precisions}
     steps: dict[str, Step] = {"conventional prox fp32": conventional(settings["fp32"])}
     for precision, setting in settings.items():
         steps |= {f"ours {mode} {precision}": ours(setting, mode) for mode in STRENGTH}
+        if compiled:
+            steps[f"ours prox compiled {precision}"] = ours(setting, "prox", compiled=True)
         steps[f"floor {precision}"] = floor(setting)
     found = interleaved(settings["fp32"], steps, rounds, block)
     table = {name: figures(seconds, 128) for name, seconds in found.items()}
@@ -319,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="fewer steps: under two minutes on two cores")
+    parser.add_argument("--compile", action="store_true", help="also measure compiled networks (compiling takes a minute or two)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     parser.add_argument("--precision", default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help=argparse.SUPPRESS)
@@ -335,7 +341,7 @@ def main() -> None:
     print(f"{name}; torch {torch.__version__}; auto precision is {auto}")
 
     rounds, block, count = (4, 2, 6) if args.quick else (12, 4, 20)
-    found["speed"] = report_speed(device, precisions, rounds, block)
+    found["speed"] = report_speed(device, precisions, rounds, block, args.compile)
     setting = Setting(device, auto)
     found["shares_ms"] = report_shares(setting, count)
     found["validation_images_per_second"] = validation_rate(setting, 1 if args.quick else 5)
