@@ -253,7 +253,8 @@ def describe(job: Job, state: State) -> None:
     log.info(f"run: {job.run.folder} on {job.device}, {computed}, seed {args.seed}")
     log.info(f"data: {sets.source}; {sets.train.samples} training and {sets.validation.samples} validation images")
     log.info(
-        f"network: {args.model} {args.model_config}, {parameters:,} parameters" + (f", from {args.resume}" if args.resume else "")
+        f"network: {args.model} of depth {state.model.depth}, {parameters:,} parameters"
+        + (f", from {args.resume}" if args.resume else "")
     )
     log.info(f"regime: {job.regime}")
     latent = state.optimizer.latent

@@ -60,7 +60,7 @@ class State:
         return {
             "epoch": self.epoch,
             "model": args.model,
-            "config": {**args.model_config, "num_classes": self.model.fc.out_features},
+            "config": {"depth": self.model.depth, "num_classes": self.model.fc.out_features},
             "dataset": args.dataset,
             "projection_mode": args.projection_mode,
             "hard_quantized": args.projection_mode is not None,

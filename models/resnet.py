@@ -118,6 +118,7 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
+        self.depth = depth
         blocks = (depth - 2) // 6
         self.conv1 = _conv(3, 16, 3)
         self.bn1 = nn.BatchNorm2d(16)
@@ -142,6 +143,7 @@ class ImageNetResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
+        self.depth = depth
         block = BasicBlock if depth < 50 else Bottleneck
         blocks = IMAGENET_BLOCKS[depth]
         self.conv1 = _conv(3, 64, 7, 2)
