@@ -1,5 +1,6 @@
 """Checkpoint files: written whole, read as tensors and plain values only."""
 
+import io
 import pickle
 import warnings
 import zipfile
@@ -23,7 +24,9 @@ class UnreadableCheckpoint(UsageError):
 
 def save(path: Path, content: dict[str, Any]) -> None:
     """Writes a checkpoint of tensors and plain values. Raises OSError where it cannot; an older file is then untouched."""
-    write_whole(path, lambda file: torch.save(content, file))
+    buffer = io.BytesIO()  # first into memory: torch.save answers a full disk with errors of its own making
+    torch.save(content, buffer)
+    write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -165,6 +165,8 @@ def build_parser(
     add("--results_dir", type=_path, default="./results", metavar="DIR", help="folder of all runs (default: ./results)")
     add("--save", type=_file_name, metavar="NAME", help="name of the run's folder (default: date and time, unique)")
     add("--save_all", action="store_true", help="keep the checkpoint of every epoch")
+    add("--checkpoint_minutes", type=_RATE, default=30.0, metavar="N",
+        help="also save inside an epoch when the last checkpoint is so old; 0: only after epochs (default: 30.0)")  # fmt: skip
     add("--overwrite", action="store_true", help="start anew where the folder holds a run of other arguments")
     add("--tb_dir", type=_path, metavar="DIR", help="folder of the TensorBoard events (default: tb inside the run's folder)")
     add("-p", "--print-freq", type=_COUNT, default=10, metavar="N", help="steps between two progress lines (default: 10)")

@@ -90,13 +90,15 @@ def train_step(
     meter.update(logits, labels, loss)
 
 
-def train(state: State, network: Network, batches: Batches, precision: Precision, stop: StopSignals, progress: Progress) -> None:
+def train(
+    state: State, network: Network, batches: Batches, precision: Precision, between_steps: Callable[[], None], progress: Progress
+) -> None:
     """Trains on an epoch's batches from ``state.step`` on, and keeps ``state`` up to date.
 
-    ``network`` is ``state.model``, or a compiled form of it.
+    ``network`` is ``state.model``, or a compiled form of it. ``between_steps`` is called after each step, when ``state`` can be
+    saved; what it raises ends the epoch there.
 
     Raises:
-        Interrupted: on a signal, between two steps.
         Diverged: if the loss is not finite.
     """
     state.model.train()
@@ -105,7 +107,7 @@ def train(state: State, network: Network, batches: Batches, precision: Precision
             train_step(network, state.optimizer, images, labels, precision, state.meter)
             state.step += 1
             progress.step()
-            stop.check()
+            between_steps()
     finally:
         progress.close()
 

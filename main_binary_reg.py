@@ -113,19 +113,20 @@ def train(args: Namespace, warnings: list[str]) -> int:
         network = utils.CompiledNetwork(model, device, args.batch_size) if state.compiled else model
         job = Job(args, run, sets, mode, regime, device, precision, network, loops.StopSignals())
         describe(job, state)
-        board = tracking.Board(Path(args.tb_dir) if args.tb_dir else run.folder / "tb", continued_from=state.epoch)
-        if not state.history:
-            board.add_start(args, optimizer.latent, state.epoch)
-        run.write_results(state.history)
-        while state.epoch < args.epochs:
-            try:
-                row = train_epoch(job, state)
-            except loops.Interrupted as interruption:
-                run.save_state(state.checkpoint(args))
-                log.info(f"{interruption} in epoch {state.epoch + 1}, saved after step {state.step}: the same command continues")
-                raise
-            finish_epoch(job, state, row, board)
-        board.close()
+        with tracking.Board(Path(args.tb_dir) if args.tb_dir else run.folder / "tb", continued_from=state.epoch) as board:
+            if not state.history:
+                board.add_start(args, optimizer.latent, state.epoch)
+            run.write_results(state.history)
+            while state.epoch < args.epochs:
+                try:
+                    row = train_epoch(job, state)
+                except loops.Interrupted as interruption:
+                    run.save_state(state.checkpoint(args))
+                    log.info(
+                        f"{interruption} in epoch {state.epoch + 1}, saved after step {state.step}: the same command continues"
+                    )
+                    raise
+                finish_epoch(job, state, row, board)
         log.info(f"{run.folder}: done, best error {100 - state.best_prec1:.2f}%")
     finally:
         run.close()
@@ -145,7 +146,7 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
     try:
         words = f"epoch {state.epoch + 1}/{args.epochs}"
         progress = loops.Progress(words, len(job.sets.train), state, args.print_freq)
-        loops.train(state, job.network, job.sets.train, job.precision, job.stop, progress)
+        loops.train(state, job.network, job.sets.train, job.precision, lambda: between_steps(job, state), progress)
         row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength if optimizer.projecting else 0.0}
         row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
         with optimizer.hard_quantized():
@@ -160,6 +161,15 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
     finally:
         state.seconds = time.perf_counter() - began
     return {**row, "seconds": round(state.seconds, 3)}
+
+
+def between_steps(job: Job, state: State) -> None:
+    """Ends the process after a signal, and saves inside a long epoch."""
+    job.stop.check()
+    minutes = job.args.checkpoint_minutes
+    if minutes and time.monotonic() - job.run.saved_at > 60 * minutes:
+        job.run.save_state(state.checkpoint(job.args))
+        log.debug(f"saved after step {state.step}")
 
 
 def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:

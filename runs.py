@@ -1,5 +1,6 @@
 """A run's folder: its name, its lock, its arguments, its log, its results and its checkpoints."""
 
+import contextlib
 import csv
 import fcntl
 import io
@@ -33,12 +34,20 @@ _FREE = {"results_dir", "save", "overwrite", "gpus", "workers", "print_freq", "e
 log = logging.getLogger("proxquant")
 
 
+class _LogFile(logging.FileHandler):
+    """A log file whose failures, a full disk say, are the run's and not a traceback on the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
 class Run:
     """The folder of one run, locked by this process from ``open`` to ``close``.
 
     Attributes:
         folder: where it lies; made by ``open``.
         state: the latest good checkpoint's content where the run is continued, else None.
+        saved_at: monotonic time of the last checkpoint, or of the start.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -53,6 +62,7 @@ class Run:
         results = Path(args.results_dir)
         self.folder = results / (args.save or time.strftime("%Y-%m-%d_%H-%M-%S"))
         self.state: dict[str, Any] | None = None
+        self.saved_at = time.monotonic()
         self._lock: int | None = None
         _check_writable(self.folder if self._named else results)
         if self._named:
@@ -170,7 +180,7 @@ class Run:
             os.truncate(path, min(self.state["log_bytes"], path.stat().st_size))
         elif path.exists():
             path.unlink()
-        self._log_handler = logging.FileHandler(path, encoding="utf-8")
+        self._log_handler = _LogFile(path, encoding="utf-8")
         self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(self._log_handler)
 
@@ -185,7 +195,8 @@ class Run:
             os.replace(latest, self.folder / checkpoints.PREVIOUS)
         os.replace(fresh, latest)
         if keep:
-            shutil.copyfile(latest, self.folder / f"checkpoint_epoch_{content['epoch']}.pth.tar")
+            checkpoints.save(self.folder / f"checkpoint_epoch_{content['epoch']}.pth.tar", content)
+        self.saved_at = time.monotonic()
 
     def save_best(self, content: dict[str, Any]) -> None:
         """Writes the best network so far."""
@@ -204,7 +215,8 @@ class Run:
         if self._lock is not None:
             if hasattr(self, "_log_handler"):
                 log.removeHandler(self._log_handler)
-                self._log_handler.close()
+                with contextlib.suppress(OSError):  # what a full disk did not take is reported already
+                    self._log_handler.close()
             os.close(self._lock)
             self._lock = None
 

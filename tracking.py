@@ -1,5 +1,6 @@
 """What TensorBoard shows of a run."""
 
+import contextlib
 import json
 import os
 import time
@@ -73,9 +74,12 @@ class Board:
         """Hands everything so far to the system: a killed process loses none of it."""
         self._events.flush()
 
-    def close(self) -> None:
-        """Ends the file."""
-        self._events.close()
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with contextlib.suppress(OSError):  # everything that counts was flushed, or its failure reported
+            self._events.close()
 
     def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
         self._add(Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]), step)

@@ -14,6 +14,6 @@ make_environment() {
     if [ -x "$PYTHON" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
     echo "Installing $1 into .venv (several GB with CUDA; once)"
     python3 -m venv .venv
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$1"
+    "$PYTHON" -m pip install -qq --disable-pip-version-check -r "$1"
     echo "$wanted" > "$stamp"
 }
