@@ -1,6 +1,6 @@
 """Kills runs at random moments, again and again, and compares what they end with to undisturbed runs.
 
-    python scripts/soak.py [--kills 50] [--seed 0] [--folder DIR]
+    python scripts/soak.py [--kills 50] [--kinds lazy,prox] [--seed 0] [--folder DIR]
 
 Trains on the embedded sample in all four kinds (full precision and the three modes). Each disturbed run is killed by SIGKILL after
 a random time and started again with the same command until it ends by itself. Then weights, best checkpoint, results.csv (but for
@@ -96,6 +96,7 @@ def points(run: Path) -> dict[str, list[tuple[int, float]]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="in all (default: 50)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"of runs (default: {','.join(KINDS)})")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--folder", type=Path, help="where the runs are kept (default: a temporary folder, removed at the end)")
     args = parser.parse_args()
@@ -103,10 +104,10 @@ def main() -> int:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         began, chance, killed, failures, rounds = time.monotonic(), random.Random(args.seed), 0, [], 0
-        longest = {kind: run_whole(folder, kind) for kind in KINDS}
+        kinds = args.kinds.split(",")
+        longest = {kind: run_whole(folder, kind) for kind in dict.fromkeys(["full_precision", *kinds])}
         while killed < args.kills:
-            kind = list(KINDS)[rounds % len(KINDS)]
-            name = f"broken_{rounds // len(KINDS)}"
+            kind, name = kinds[rounds % len(kinds)], f"broken_{rounds // len(kinds)}"
             killed += run_broken(folder, kind, name, min(5, args.kills - killed), longest[kind], chance)
             differing = differences(folder, kind, name)
             failures += [f"{kind}_{name}: {words}" for words in differing]

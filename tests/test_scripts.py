@@ -122,6 +122,15 @@ def test_summary_of_runs(folder, tiny_data):
     assert lines[2].split()[-1] == "0.000"
 
 
+def test_a_short_soak():
+    """Runs killed at random moments end as undisturbed ones do; scripts/soak.py does this at length."""
+    command = [sys.executable, ROOT / "scripts" / "soak.py", "--kills", "3", "--kinds", "lazy", "--seed", "7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kills" in done.stdout.splitlines()[-1]
+    assert "0 differences" in done.stdout.splitlines()[-1]
+
+
 def test_the_sample_is_what_its_maker_makes(tmp_path):
     source = Path("/usr/share/datasets/fashion-mnist")
     if not source.exists():
