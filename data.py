@@ -1,39 +1,15 @@
-"""Batches of normalized images on the device.
+"""Data sets by name: found or downloaded, and made into batches on the device."""
 
-Small-image sets lie on the device as one uint8 tensor and are augmented there in a few batched operations; ImageNet comes through
-worker processes. Either way the order and the augmentation of a batch follow from (seed, epoch, step) alone.
-"""
-
-import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from datasets import READERS, SIDE, Say, Split, read_small_images
-
-# The ImageNet statistics, for every data set: so did the published runs (RGB, of pixels in [0, 1]).
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-PAD = 4  # pixels on each side before the random crop
+from batches import Batches, TrainingBatches, ValidationBatches
+from datasets import READERS, Say, read_small_images
 
 DATASETS = (*READERS, "imagenet")
 MIRRORED = {"mnist": False}  # digits are the one set here whose mirror images are of no class
-
-
-class Batches(Protocol):
-    """One split in batches. Images are ``(N, 3, H, W)`` float32 in channels_last, labels int64 ``(N,)``, both on the device."""
-
-    samples: int
-
-    def __len__(self) -> int: ...
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from step ``start`` on."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -82,86 +58,3 @@ def load(
         images.classes,
         images.source,
     )
-
-
-def generator(seed: int, epoch: int) -> torch.Generator:
-    """Random numbers that depend on the seed and the epoch and on nothing else."""
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-
-
-class Normalize:
-    """uint8 ``(N, H, 32, 3)`` pixels to float32 ``(N, 3, H, 32)``: (x / 255 - mean) / std, channels_last."""
-
-    def __init__(self, device: torch.device) -> None:
-        mean, std = torch.tensor(MEAN, dtype=torch.float64), torch.tensor(STD, dtype=torch.float64)
-        # Whole image rows at once: an inner dimension of 3 channels would be too short for vector units.
-        self._scale = (1 / (255 * std)).repeat(SIDE).float().to(device)
-        self._shift = (-mean / std).repeat(SIDE).float().to(device)
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        rows = pixels.flatten(2).float().mul_(self._scale).add_(self._shift)
-        return rows.view(pixels.shape).permute(0, 3, 1, 2)
-
-
-class TrainingBatches:
-    """A shuffled, augmented training split: black frame of 4 pixels, random 32x32 crop, mirrored half of the time."""
-
-    def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device, mirror: bool = True) -> None:
-        self.samples = len(split.labels)
-        self.batch_size = batch_size
-        self._seed, self._device, self._mirror = seed, device, mirror
-        self._normalize = Normalize(device)
-        self._labels = torch.from_numpy(split.labels).to(device)
-        side = SIDE + 2 * PAD
-        framed = torch.zeros(self.samples, side, side, 3, dtype=torch.uint8, device=device)
-        framed[:, PAD:-PAD, PAD:-PAD] = torch.from_numpy(split.images).to(device)
-        self._side = side
-        # Entry (image row, dx) is the row's 32 pixels from column dx on, as a view: a crop is then 32 contiguous copies.
-        self._windows = framed.view(self.samples * side, side * 3).unfold(1, SIDE * 3, 3)
-        self._rows = torch.arange(SIDE, device=device)
-
-    def __len__(self) -> int:
-        return -(-self.samples // self.batch_size)
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch, from step ``start`` on."""
-        order, dy, dx, mirrored = self._draw(epoch)
-        for first in range(start * self.batch_size, self.samples, self.batch_size):
-            part = slice(first, first + self.batch_size)
-            pixels = self._crop(order[part], dy[part], dx[part], mirrored[part])
-            yield self._normalize(pixels), self._labels[order[part]]
-
-    def _draw(self, epoch: int) -> tuple[Tensor, ...]:
-        """The epoch's order, crop offsets and mirrorings, drawn on the CPU so that every device gets the same ones."""
-        random = generator(self._seed, epoch)
-        order = torch.randperm(self.samples, generator=random)
-        offsets = torch.randint(0, 2 * PAD + 1, (2, self.samples), generator=random)
-        mirrored = torch.randint(0, 2, (self.samples,), generator=random).bool() & self._mirror
-        return tuple(drawn.to(self._device) for drawn in (order, offsets[0], offsets[1], mirrored))
-
-    def _crop(self, images: Tensor, dy: Tensor, dx: Tensor, mirrored: Tensor) -> Tensor:
-        rows = (images * self._side + dy)[:, None] + self._rows
-        pixels = self._windows[rows, dx[:, None].expand_as(rows)].view(-1, SIDE, SIDE, 3)
-        return torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
-
-
-class ValidationBatches:
-    """A split as it is, in order."""
-
-    BATCH = 500  # images: changes the figures by rounding only
-
-    def __init__(self, split: Split, device: torch.device) -> None:
-        self.samples = len(split.labels)
-        self._normalize = Normalize(device)
-        self._images = torch.from_numpy(split.images).to(device)
-        self._labels = torch.from_numpy(split.labels).to(device)
-
-    def __len__(self) -> int:
-        return -(-self.samples // self.BATCH)
-
-    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches, the same in every epoch."""
-        for first in range(start * self.BATCH, self.samples, self.BATCH):
-            part = slice(first, first + self.BATCH)
-            yield self._normalize(self._images[part]), self._labels[part]

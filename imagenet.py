@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-import data
+from batches import MEAN, STD, generator
 from errors import UsageError
 
 FOLDERS = ("imagenet", "ImageNet", "Imagenet", ".")
@@ -27,7 +27,7 @@ def load_imagenet(
     if folder is None:
         looked = ", ".join(str(data_dir / name / "train") for name in FOLDERS)
         raise UsageError(f"--data_dir {data_dir}: no ImageNet there; looked for {looked} (train/<class>/*, val/<class>/*)")
-    finish = [transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float32), transforms.Normalize(data.MEAN, data.STD)]
+    finish = [transforms.PILToTensor(), transforms.ConvertImageDtype(torch.float32), transforms.Normalize(MEAN, STD)]
     augment = [transforms.RandomResizedCrop(input_size), transforms.RandomHorizontalFlip()]
     center = [transforms.Resize(input_size * 256 // 224), transforms.CenterCrop(input_size)]
     try:
@@ -65,7 +65,7 @@ class _Seeded(Dataset):
 
 
 class FolderBatches:
-    """A split of class folders in batches; see ``data.Batches``."""
+    """A split of class folders in batches; see ``batches.Batches``."""
 
     def __init__(self, images: ImageFolder, batch_size: int, seed: int, device: torch.device, workers: int, shuffled: bool) -> None:
         self.samples = len(images)
@@ -77,7 +77,7 @@ class FolderBatches:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from step ``start`` on."""
-        random = data.generator(self._seed, epoch)
+        random = generator(self._seed, epoch)
         order = torch.randperm(self.samples, generator=random) if self._shuffled else torch.arange(self.samples)
         seeds = torch.randint(0, 2**62, (self.samples,), generator=random)
         keys = list(zip(seeds.tolist(), order.tolist(), strict=True))

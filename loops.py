@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import Batches
+from batches import Batches
 from quantize import ProjectedOptimizer
 from runs import log
 from state import State

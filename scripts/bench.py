@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data
+import batches
 import loops
 import quantize
 import regimes
@@ -55,7 +55,7 @@ class Setting:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Full training batches without end."""
-        source, epoch = data.TrainingBatches(self.split, self.batch_size, 0, self.device), 0
+        source, epoch = batches.TrainingBatches(self.split, self.batch_size, 0, self.device), 0
         while True:
             yield from (batch for batch in source.epoch(epoch) if len(batch[1]) == self.batch_size)
             epoch += 1
@@ -74,9 +74,9 @@ class Setting:
 def ours(setting: Setting, mode_name: str, compiled: bool = False) -> Step:
     """A step of main_binary_reg.py."""
     model = setting.network()
-    optimizer, meter, batches = setting.optimizer(model, mode_name), utils.Meter(setting.device), setting.batches()
+    optimizer, meter, source = setting.optimizer(model, mode_name), utils.Meter(setting.device), setting.batches()
     network = utils.CompiledNetwork(model, setting.device, setting.batch_size) if compiled else model
-    return lambda: loops.train_step(network, optimizer, *next(batches), setting.precision, meter)
+    return lambda: loops.train_step(network, optimizer, *next(source), setting.precision, meter)
 
 
 def conventional(setting: Setting) -> Step:
@@ -91,7 +91,7 @@ def conventional(setting: Setting) -> Step:
                 transforms.RandomCrop(32, padding=4),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(data.MEAN, data.STD),
+                transforms.Normalize(batches.MEAN, batches.STD),
             ]
         )
 
@@ -113,10 +113,10 @@ def conventional(setting: Setting) -> Step:
     model = setting.network(torch.contiguous_format)
     optimizer = torch.optim.Adam(model.parameters(), lr=ADAM["lr"])
     selected = [parameter for _, parameter in quantize.select_all_layers(model)]
-    batches = endless()
+    source = endless()
 
     def step() -> None:
-        images, labels = (tensor.to(setting.device) for tensor in next(batches))
+        images, labels = (tensor.to(setting.device) for tensor in next(source))
         optimizer.zero_grad()
         logits = model(images)
         loss = F.cross_entropy(logits, labels)
@@ -179,7 +179,7 @@ def interleaved(setting: Setting, steps: dict[str, Step], rounds: int, block: in
 
 def shares(setting: Setting, mode_name: str, count: int) -> dict[str, float]:
     """Parts of a step in median milliseconds, each waited for: data, forward and backward, optimizer, projection."""
-    model, batches, meter = setting.network(), setting.batches(), utils.Meter(setting.device)
+    model, source, meter = setting.network(), setting.batches(), utils.Meter(setting.device)
     optimizer = setting.optimizer(model, mode_name)
     base = optimizer.base_optimizer
     inner: list[float] = []
@@ -201,7 +201,7 @@ def shares(setting: Setting, mode_name: str, count: int) -> dict[str, float]:
             setting.synchronize()
             times.append(time.perf_counter())
 
-        images, labels = next(batches)
+        images, labels = next(source)
         lap()
         optimizer.zero_grad()
         with setting.precision.autocast():
@@ -220,12 +220,12 @@ def shares(setting: Setting, mode_name: str, count: int) -> dict[str, float]:
 
 def validation_rate(setting: Setting, count: int) -> float:
     """Validation images a second."""
-    batches, model = data.ValidationBatches(setting.split, setting.device), setting.network()
+    images, model = batches.ValidationBatches(setting.split, setting.device), setting.network()
     rates = []
     for _ in range(count):
         began = time.perf_counter()
-        loops.validate(model, batches, setting.device, setting.precision)
-        rates.append(batches.samples / (time.perf_counter() - began))
+        loops.validate(model, images, setting.device, setting.precision)
+        rates.append(images.samples / (time.perf_counter() - began))
     return statistics.median(rates)
 
 
@@ -250,7 +250,7 @@ def only_memory(device: torch.device, precision: str) -> None:
     step = ours(setting, "prox")
     for _ in range(5):
         step()
-    validation = data.ValidationBatches(Split(setting.split.images[:10_000], setting.split.labels[:10_000]), device)
+    validation = batches.ValidationBatches(Split(setting.split.images[:10_000], setting.split.labels[:10_000]), device)
     loops.validate(setting.network(), validation, device, setting.precision)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
 

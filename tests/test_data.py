@@ -11,6 +11,7 @@ import torch
 from conftest import make_class_folders
 from PIL import Image
 
+import batches
 import data
 import datasets
 from errors import UsageError
@@ -47,12 +48,12 @@ def test_augmentation_is_uniform_over_the_published_views(mirror):
     """One image, many epochs: each of its 162 (or 81) views comes, each about equally often, and nothing else."""
     one = datasets.Split(np.repeat(split(1).images, 500, axis=0), np.zeros(500, dtype=np.int64))
     views = published_views(one.images[0], mirror)
-    batches = data.TrainingBatches(one, 500, 0, CPU, mirror)
+    source = batches.TrainingBatches(one, 500, 0, CPU, mirror)
     counts = dict.fromkeys(views.values(), 0)
     epochs = 40
     for epoch in range(epochs):
-        order, dy, dx, mirrored = batches._draw(epoch)
-        for pixels in batches._crop(order, dy, dx, mirrored).numpy():
+        order, dy, dx, mirrored = source._draw(epoch)
+        for pixels in source._crop(order, dy, dx, mirrored).numpy():
             counts[views[pixels.tobytes()]] += 1
     expected = 500 * epochs / len(views)
     chi_square = sum((count - expected) ** 2 / expected for count in counts.values())
@@ -62,8 +63,8 @@ def test_augmentation_is_uniform_over_the_published_views(mirror):
 
 def test_draws_of_an_epoch_are_independent():
     """Offsets, mirrorings and order are uncorrelated, within an image and between neighbours."""
-    batches = data.TrainingBatches(datasets.Split(split(1).images.repeat(4000, 0), np.zeros(4000, np.int64)), 128, 0, CPU)
-    columns = [drawn.double() for drawn in batches._draw(3)]
+    source = batches.TrainingBatches(datasets.Split(split(1).images.repeat(4000, 0), np.zeros(4000, np.int64)), 128, 0, CPU)
+    columns = [drawn.double() for drawn in source._draw(3)]
     columns += [torch.roll(drawn, 1) for drawn in columns]
     correlation = torch.corrcoef(torch.stack(columns)) - torch.eye(8)
     assert correlation.abs().max() < 5 / 4000**0.5
@@ -74,8 +75,8 @@ def test_normalization_is_torchvisions():
 
     images = split()
     normalize = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-    batches = data.ValidationBatches(images, CPU)
-    found, labels = next(iter(batches.epoch()))
+    source = batches.ValidationBatches(images, CPU)
+    found, labels = next(iter(source.epoch()))
     expected = torch.stack([normalize(image) for image in images.images])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
     assert labels.tolist() == images.labels.tolist()
@@ -86,15 +87,15 @@ def test_normalization_is_torchvisions():
 def test_an_epoch_has_every_image_once(batch_size):
     images = split()
     images = datasets.Split(images.images, np.arange(40))
-    batches = data.TrainingBatches(images, batch_size, 0, CPU)
-    seen = [labels for _, labels in batches.epoch(0)]
-    assert len(seen) == len(batches) == -(-40 // batch_size)
+    source = batches.TrainingBatches(images, batch_size, 0, CPU)
+    seen = [labels for _, labels in source.epoch(0)]
+    assert len(seen) == len(source) == -(-40 // batch_size)
     assert sorted(torch.cat(seen).tolist()) == list(range(40))
-    assert torch.cat(seen).tolist() != torch.cat([labels for _, labels in batches.epoch(1)]).tolist() or batch_size == 1
+    assert torch.cat(seen).tolist() != torch.cat([labels for _, labels in source.epoch(1)]).tolist() or batch_size == 1
 
 
 def test_a_batch_follows_from_seed_epoch_and_step_alone():
-    first, second = (data.TrainingBatches(split(), 16, 7, CPU) for _ in range(2))
+    first, second = (batches.TrainingBatches(split(), 16, 7, CPU) for _ in range(2))
     list(first.epoch(0))
     torch.manual_seed(99)
     whole = list(first.epoch(5))
@@ -103,7 +104,7 @@ def test_a_batch_follows_from_seed_epoch_and_step_alone():
     for (images, labels), (other_images, other_labels) in zip(whole[1:], rest, strict=True):
         assert torch.equal(images, other_images)
         assert torch.equal(labels, other_labels)
-    other_seed = next(data.TrainingBatches(split(), 16, 8, CPU).epoch(5))[1]
+    other_seed = next(batches.TrainingBatches(split(), 16, 8, CPU).epoch(5))[1]
     assert not torch.equal(other_seed, whole[0][1])
 
 
