@@ -83,8 +83,8 @@ def _cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[1].split()}
 
 
-# Compiling costs about as much as this many steps gain on two CPU cores (both compilations, before and after the freeze).
-COMPILE_PAYS_OFF = 6000
+# On two CPU cores compiling ResNet-20 took 43 s, which 1,500 steps make up for; a freeze compiles once more; the rest is margin.
+COMPILE_PAYS_OFF = 4000
 
 
 def select_compile(requested: str, device: torch.device, steps: int) -> bool:
