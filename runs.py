@@ -57,7 +57,7 @@ class Run:
             UsageError: if the folder holds a run of other arguments, or cannot be written.
         """
         self._arguments = _comparable(args)
-        self._overwrite = args.overwrite
+        self._overwrite, self._typed = args.overwrite, args.typed
         self._named = args.save is not None
         results = Path(args.results_dir)
         self.folder = results / (args.save or time.strftime("%Y-%m-%d_%H-%M-%S"))
@@ -86,26 +86,26 @@ class Run:
             return ["no args.json, but a checkpoint"] if (self.folder / checkpoints.LATEST).exists() else []
         except (ValueError, KeyError, TypeError, OSError):
             return ["its args.json cannot be read"]
-        names = sorted(set(old) | set(self._arguments))
-        return [
-            f"--{name} {old.get(name)} there, {self._arguments.get(name)} here"
-            for name in names
-            if old.get(name) != self._arguments.get(name) and name not in _FREE and not self._grown(name, old.get(name))
-        ]
-
-    def _grown(self, name: str, old: Any) -> bool:
-        """A run may be made longer when it is continued."""
-        return name == "epochs" and isinstance(old, int) and old < self._arguments["epochs"]
+        # A flag that is newer than the run counts only where the user typed it.
+        names = sorted((set(old) | (set(self._arguments) & self._typed)) - _FREE)
+        differing = [name for name in names if old.get(name) != self._arguments.get(name)]
+        if "epochs" in differing and isinstance(old.get("epochs"), int) and old["epochs"] < self._arguments["epochs"]:
+            differing.remove("epochs")  # a run may be made longer when it is continued
+        return [f"--{name} {old.get(name)} there, {self._arguments.get(name)} here" for name in differing]
 
     def _read_state(self) -> dict[str, Any] | None:
-        """The latest checkpoint that can be read; a damaged one is said and passed over."""
-        for name in (checkpoints.LATEST, checkpoints.PREVIOUS):
-            path = self.folder / name
-            if path.exists():
-                try:
-                    return checkpoints.read(path)
-                except checkpoints.UnreadableCheckpoint as error:
-                    log.warning(f"warning: {error}; looking for an older one")
+        """The latest checkpoint that can be read; a damaged one is said and passed over. None where the run has none yet."""
+        paths = [self.folder / name for name in (checkpoints.LATEST, checkpoints.PREVIOUS) if (self.folder / name).exists()]
+        for path in paths:
+            try:
+                content = checkpoints.read(path)
+                if isinstance(content.get("epoch"), int) and isinstance(content.get("history"), list):
+                    return content
+                raise checkpoints.UnreadableCheckpoint(f"{path}: not the checkpoint of a run that can be continued")
+            except checkpoints.UnreadableCheckpoint as error:
+                log.warning(f"warning: {error}; looking for an older one")
+        if paths and not self._overwrite:
+            raise UsageError(f"--save {self.folder.name}: no checkpoint in {self.folder} can be read; --overwrite starts anew")
         return None
 
     @property
@@ -115,8 +115,8 @@ class Run:
 
     def finish(self) -> None:
         """Makes up for a process that died between the last checkpoint and the end."""
-        rows = self.state["history"]
-        if (self.folder / "results.csv").read_text().count("\n") <= len(rows):
+        rows, path = self.state["history"], self.folder / "results.csv"
+        if not path.exists() or path.read_text().count("\n") <= len(rows):
             self.write_results(rows)
 
     def open(self, facts: dict[str, Any]) -> None:

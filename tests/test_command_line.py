@@ -330,6 +330,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(place):
     assert all(torch.equal(good[name], again[name]) for name in good)
 
 
+def test_a_run_without_a_readable_checkpoint_is_not_begun_anew_in_silence(place):
+    options = arguments(place, "--save", "lost", "--epochs", 2, "--lr", "0.01")
+    run_main(*options)
+    for path in (place["results"] / "lost").glob("checkpoint*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    done = run_main(*options, check=2)
+    assert "no checkpoint" in done.stderr
+    assert "--overwrite" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert "done" in run_main(*options, "--overwrite").stdout
+
+
 def test_a_published_checkpoint_is_a_warm_start(place, tmp_path):
     """Its form: other keys beside, the configuration as text, names under ``module.``, no counters of batches."""
     torch.manual_seed(5)
