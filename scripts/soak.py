@@ -1,6 +1,6 @@
 """Kills runs at random moments, again and again, and compares what they end with to undisturbed runs.
 
-    python scripts/soak.py [--kills 50] [--kinds lazy,prox] [--seed 0] [--folder DIR]
+    python scripts/soak.py [--kills 50] [--kinds lazy,prox] [--seed 0] [--folder DIR] [further arguments of all runs]
 
 Trains on the embedded sample in all four kinds (full precision and the three modes). Each disturbed run is killed by SIGKILL after
 a random time and started again with the same command until it ends by itself. Then weights, best checkpoint, results.csv (but for
@@ -30,25 +30,25 @@ KINDS = {
 }
 
 
-def command(folder: Path, kind: str, name: str) -> list[str]:
+def command(folder: Path, kind: str, name: str, more: list[str]) -> list[str]:
     warm = [] if kind == "full_precision" else ["--resume", str(folder / "full_precision_whole")]
     place = ["--results_dir", str(folder), "--save", f"{kind}_{name}"]
-    return [sys.executable, str(ROOT / "main_binary_reg.py"), *COMMON, *KINDS[kind], *warm, *place]
+    return [sys.executable, str(ROOT / "main_binary_reg.py"), *COMMON, *KINDS[kind], *warm, *place, *more]
 
 
-def run_whole(folder: Path, kind: str) -> float:
+def run_whole(folder: Path, kind: str, more: list[str]) -> float:
     """Trains undisturbed; returns the seconds it took."""
     began = time.monotonic()
-    subprocess.run(command(folder, kind, "whole"), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command(folder, kind, "whole", more), check=True, stdout=subprocess.DEVNULL)
     return time.monotonic() - began
 
 
-def run_broken(folder: Path, kind: str, name: str, kills: int, longest: float, chance: random.Random) -> int:
+def run_broken(folder: Path, kind: str, name: str, more: list[str], kills: int, longest: float, chance: random.Random) -> int:
     """Trains with up to so many kills; returns how many processes were really killed."""
     killed = 0
     while True:
         with open(folder / f"{kind}_{name}.out", "a") as output:
-            process = subprocess.Popen(command(folder, kind, name), stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command(folder, kind, name, more), stdout=output, stderr=subprocess.STDOUT)
             if killed < kills:
                 try:
                     process.wait(chance.uniform(0.3 * longest, longest))
@@ -99,16 +99,16 @@ def main() -> int:
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of runs (default: {','.join(KINDS)})")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--folder", type=Path, help="where the runs are kept (default: a temporary folder, removed at the end)")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         began, chance, killed, failures, rounds = time.monotonic(), random.Random(args.seed), 0, [], 0
         kinds = args.kinds.split(",")
-        longest = {kind: run_whole(folder, kind) for kind in dict.fromkeys(["full_precision", *kinds])}
+        longest = {kind: run_whole(folder, kind, more) for kind in dict.fromkeys(["full_precision", *kinds])}
         while killed < args.kills:
             kind, name = kinds[rounds % len(kinds)], f"broken_{rounds // len(kinds)}"
-            killed += run_broken(folder, kind, name, min(5, args.kills - killed), longest[kind], chance)
+            killed += run_broken(folder, kind, name, more, min(5, args.kills - killed), longest[kind], chance)
             differing = differences(folder, kind, name)
             failures += [f"{kind}_{name}: {words}" for words in differing]
             rounds += 1

@@ -122,10 +122,11 @@ def test_summary_of_runs(folder, tiny_data):
     assert lines[2].split()[-1] == "0.000"
 
 
-def test_a_short_soak():
+def test_a_short_soak(tiny_data):
     """Runs killed at random moments end as undisturbed ones do; scripts/soak.py does this at length."""
     command = [sys.executable, ROOT / "scripts" / "soak.py", "--kills", "3", "--kinds", "lazy", "--seed", "7"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    command += ["--dataset", "cifar10", "--data_dir", tiny_data, "--epochs", "15", "--batch-size", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 kills" in done.stdout.splitlines()[-1]
     assert "0 differences" in done.stdout.splitlines()[-1]
