@@ -78,18 +78,20 @@ def resolve_regime(args: Namespace, model_regime: Regime, projected: bool) -> Re
         chosen = model_regime
     regime = {epoch: dict(chosen[epoch]) for epoch in sorted(chosen)}
     regime[0].update(typed)
-    if "lr" in args.typed and regime[0]["lr"] > 0:
-        ratio = args.lr / regime[0]["lr"]
-        for epoch, entry in regime.items():
-            if "lr" in entry:
-                entry["lr"] = args.lr if epoch == 0 else entry["lr"] * ratio
-    if args.no_adjust:
-        regime = {0: regime[0]}
     _check_names(regime)
     # A regime made for SGD keeps its momentum and decay out of an Adam that the user asked for.
     kept = {"optimizer", *typed, *(args.regime or {}).get(0, {}), *_accepted(regime[0]["optimizer"])}
     regime[0] = {name: value for name, value in regime[0].items() if name in kept}
     _check_values(regime)
+    if "lr" in args.typed:
+        ratio = args.lr / regime[0]["lr"] if regime[0]["lr"] else 1.0
+        for entry in regime.values():
+            if "lr" in entry:
+                entry["lr"] *= ratio
+        regime[0]["lr"] = args.lr
+        _check_values(regime)  # again: a rate may have grown beyond all numbers
+    if args.no_adjust:
+        regime = {0: regime[0]}
     return regime
 
 

@@ -108,6 +108,21 @@ def test_bad_regimes_are_named(regime, named):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("regime", "named"),
+    [({0: {"lr": "fast"}}, "fast"), ({3: {"lr": [1]}}, "1"), ({0: {"lr": 0.1}, 3: {"lr": 1e308}}, "finite")],
+)
+def test_bad_regimes_are_named_beside_a_typed_learning_rate(regime, named):
+    with pytest.raises(UsageError, match=named):
+        resolve(regime=regime, lr=100.0)
+
+
+def test_a_typed_learning_rate_takes_the_place_of_a_zero():
+    regime = resolve(regime={0: {"lr": 0}, 3: {"lr": 0.02}}, lr=0.5)
+    settings(regime, 0, lr=0.5)
+    settings(regime, 3, lr=0.02)
+
+
 def test_a_typed_setting_that_the_optimizer_lacks():
     with pytest.raises(UsageError, match="momentum"):
         resolve(optimizer="Adam", momentum=0.5)
