@@ -15,6 +15,7 @@ continues an unfinished run when the same command is given again."""
 
 
 _NOT_TYPED = object()
+DERIVED = {"typed", "rate"}  # what parsing adds to the arguments: no flags of their own
 
 
 class _Parser(argparse.ArgumentParser):

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import checkpoints
+import cli
 from errors import UsageError
 from files import write_text
 
@@ -29,7 +30,7 @@ COLUMNS = (
 )  # fmt: skip
 
 # What may differ between a run and its continuation: where the folder lies, and what changes no number.
-_FREE = {"results_dir", "save", "overwrite", "gpus", "workers", "print_freq", "evaluate", "typed"}
+_FREE = {"results_dir", "save", "overwrite", "gpus", "workers", "print_freq", "evaluate"}
 
 log = logging.getLogger("proxquant")
 
@@ -38,7 +39,7 @@ class _LogFile(logging.FileHandler):
     """A log file whose failures, a full disk say, are the run's and not a traceback on the terminal."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        raise
+        raise  # the error that the logging is handling just now
 
 
 class Run:
@@ -253,7 +254,7 @@ def _version(package: str) -> str | None:
 
 def _comparable(args: Namespace) -> dict[str, Any]:
     """The arguments as JSON gives them back."""
-    return json.loads(json.dumps({name: value for name, value in sorted(vars(args).items()) if name != "typed"}))
+    return json.loads(json.dumps({name: value for name, value in sorted(vars(args).items()) if name not in cli.DERIVED}))
 
 
 def _check_writable(folder: Path) -> None:

@@ -15,6 +15,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from torch import Tensor
 
+import cli
+
 HISTOGRAMS = 20  # about so many over a run: enough to see the weights split, small enough to load quickly
 BINS = 80
 _CURVES = ("train_loss", "val_loss", "train_error1", "val_error1", "train_error5", "val_error5",
@@ -44,7 +46,7 @@ class Board:
 
     def add_start(self, args: Namespace, weights: Mapping[str, Tensor], epoch: int) -> None:
         """The arguments as text, and the weights before the first step."""
-        shown = {name: value for name, value in sorted(vars(args).items()) if name != "typed"}
+        shown = {name: value for name, value in sorted(vars(args).items()) if name not in cli.DERIVED}
         self._add(summary.text("arguments", "\n".join(f"    {name} = {json.dumps(value)}" for name, value in shown.items())), epoch)
         self.add_histograms(weights, epoch)
 
