@@ -233,8 +233,8 @@ def evaluate(args: Namespace) -> int:
     log.info(f"{path}: {model_name} {config} on {sets.source}, projection mode {mode_name or 'none'}")
     figures = {"as it is": loops.validate(model, sets.validation, device, precision)}
     if mode is not quantize.FULL_PRECISION:
-        # A network that is quantized already is taken as it is: quantizing it once more could move its levels.
-        if not content.get("hard_quantized"):
+        # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
+        if not (content.get("hard_quantized") and content.get("projection_mode") == mode_name):
             with torch.no_grad():
                 for _, weight in mode.select(model):
                     weight.copy_(mode.hard_quantize(weight))

@@ -40,7 +40,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._parameters = dict(named)
         self._showing_quantized = False
         self.base_optimizer = base_optimizer
-        self._buckets = [_Bucket(group, mode) for group in _by_device_and_dtype(named)]
+        self._buckets = [_Bucket(group) for group in _by_device_and_dtype(named)]
         self._strength = 0.0
         self.set_strength(mode.default_rate)
 
@@ -284,7 +284,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 class _Bucket:
     """Quantized parameters of one device and dtype, with their rows in one matrix: the latent weights, or working space."""
 
-    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], mode: ProjectionMode) -> None:
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.layout = SideBySide(self.parameters)

@@ -24,8 +24,8 @@ class SideBySide:
     """Tensors of one device and one dtype, laid side by side into the rows of one matrix.
 
     Each tensor fills whole rows and the rest of its last row is zero, so that an elementwise operation on ``rows`` treats all
-    tensors at once and a sum within each tensor is a sum over its rows. The matrix is working space: ``load`` fills it and
-    ``store`` writes it back. Its zeros between tensors must not be relied on after an operation.
+    tensors at once and a sum within each tensor is a sum over its rows. Tensors are copied in and out
+    through ``views``. The zeros between them must not be relied on after an operation.
     """
 
     ROW = 256  # entries: short enough that the smallest convolution wastes little, long enough for vector units

@@ -156,6 +156,22 @@ def test_evaluate_shows_the_soft_and_the_quantized_network(place, mode_name):
         assert float(loss) == pytest.approx(float(last[f"val_loss{suffix}"]), rel=1e-5)
 
 
+def test_a_quantized_network_under_another_mode_is_quantized_anew(place):
+    """The binary network, seen as ternary: what the mode's quantizer makes of it, and not the binary one under a ternary name."""
+    options = ("--save", "binary_frozen", "--resume", place["results"] / "fp", "--epochs", 1, "--freeze_epoch", 0)
+    run_main(*arguments(place, *options, *MODES["prox"]))
+    path = place["results"] / "binary_frozen" / "model_best.pth.tar"
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["layer1.0.conv1.weight"] *= torch.linspace(0.1, 1.0, 2304).view(16, 16, 3, 3)
+    torch.save(content, path.with_name("uneven.pth.tar"))
+    losses = {}
+    for mode in ("prox", "prox_ternary"):
+        options = ("--data_dir", place["data"], "--precision", "fp32", "--projection_mode", mode)
+        losses[mode] = re.findall(r": loss ([0-9.]+)", run_main("--evaluate", path.with_name("uneven.pth.tar"), *options).stdout)
+    assert losses["prox"][0] == losses["prox"][1] == losses["prox_ternary"][0]
+    assert losses["prox_ternary"][1] != losses["prox_ternary"][0]
+
+
 def test_the_same_command_finds_a_finished_run_complete(place):
     before = (place["results"] / "fp" / "checkpoint.pth.tar").read_bytes()
     done = run_main(*arguments(place, "--save", "fp", "--epochs", 3, "--lr", "0.01"))
@@ -192,6 +208,7 @@ def test_other_arguments_into_a_used_folder(place):
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     done = run_main(*arguments(place, "--save", "used", "--epochs", 1, "--lr", "0.02", "--seed", 3), check=2)
     assert "--lr 0.01 there, 0.02 here" in done.stderr
+    assert "--rate" not in done.stderr
     assert "--seed 0 there, 3 here" in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
