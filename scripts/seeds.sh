@@ -2,7 +2,7 @@
 #
 #   SEEDS="0 1 2 3"    seeds, each a run of its own: results/NAME_run_SEED, its output in results/NAME_run_SEED.out
 #   GPUS="0 1 2 3"     GPUs to use (default: all there are); without a GPU the seeds run one after another on the CPU
-#   RUNS_PER_GPU=1     runs at a time on each GPU
+#   RUNS_PER_GPU=1     runs at a time on each GPU, or on the CPU
 #   RESULTS_DIR, TB_DIR, DATASET, DATA_DIR, EXTRA (further arguments, e.g. EXTRA="--precision fp32")
 #
 # A script given again skips finished seeds and continues unfinished ones. Its exit status is 0 only if all seeds are finished.
@@ -16,8 +16,13 @@ DATASET=${DATASET:-cifar10}
 DATA_DIR=${DATA_DIR:-Datasets}
 RESULTS_DIR=${RESULTS_DIR:-results}
 TB_DIR=${TB_DIR:-tb}
-NETWORK=resnet$DEPTH
-if [ "$DATASET" != cifar10 ]; then NETWORK=${DATASET}_$NETWORK; fi
+
+# network_name DEPTH
+network_name() {
+    if [ "$DATASET" != cifar10 ]; then printf '%s_' "$DATASET"; fi
+    echo "resnet$1"
+}
+NETWORK=$(network_name "$DEPTH")
 
 # The full-precision network that the quantized runs start from: RESUME, or the one trained under the plain name, or seed 0's.
 warm_start() {
@@ -30,16 +35,23 @@ warm_start() {
     fi
 }
 
-# run_seeds NAME ARGUMENTS...
-run_seeds() {
-    local name=$1 slots=() gpu seed slot failed=()
-    shift
+# Sets GPUS where the user has not, and slots: the place of each run that may run at a time.
+find_slots() {
+    local gpu
     if [ -z "${GPUS+set}" ]; then
         GPUS=$( (nvidia-smi --list-gpus 2> /dev/null || true) | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | xargs)
     fi
+    slots=()
     for gpu in ${GPUS:-cpu}; do
         for _ in $(seq "${RUNS_PER_GPU:-1}"); do slots+=("$gpu"); done
     done
+}
+
+# run_seeds NAME ARGUMENTS...
+run_seeds() {
+    local name=$1 slots seed slot failed=()
+    shift
+    find_slots
     mkdir -p "$RESULTS_DIR"
     declare -A slot_of=() seed_of=()
     trap 'stop_runs INT 130' INT

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# The whole study: full-precision warm starts, then BinaryConnect, ProxQuant-binary and ProxQuant-ternary from there, then the report.
+#
+#   scripts/reproduce.sh                                       the published schedule, ResNet-20, four seeds
+#   SCHEDULE=short scripts/reproduce.sh                        the same shape at a 25th of the length
+#   DEPTHS="20 32 44 56" SEEDS="0 1 2 3" GPUS="0 1 2 3" scripts/reproduce.sh
+#
+#   REGIMES="published common"     as in the paper, and all methods under one regime (scripts/study.py explains both)
+#   METHODS="bc pq_binary pq_ternary"
+#   SHORTER=25                     by how much SCHEDULE=short divides the published epochs
+#   RUNS_PER_GPU=1                 runs at a time on each GPU, or on the CPU (there with OMP_NUM_THREADS set to their share of the cores)
+#   others: see seeds.sh
+#
+# Says how long it will take before it starts. Run again, it continues what is unfinished and reports.
+set -euo pipefail
+SCHEDULE=${SCHEDULE:-published}
+case $SCHEDULE in
+    published) SHORTER=1 ;;
+    short) SHORTER=${SHORTER:-25} ;;
+    *) echo "error: SCHEDULE=$SCHEDULE: published or short is needed" >&2; exit 2 ;;
+esac
+RESULTS_DIR=${RESULTS_DIR:-results/$SCHEDULE}
+TB_DIR=${TB_DIR:-tb/$SCHEDULE}
+DEPTHS=${DEPTHS:-20}
+REGIMES=${REGIMES:-published common}
+METHODS=${METHODS:-bc pq_binary pq_ternary}
+. "$(dirname "$0")/seeds.sh"
+mkdir -p "$RESULTS_DIR"
+
+find_slots
+# shellcheck disable=SC2086  # EXTRA holds several arguments
+"$PYTHON" scripts/study.py plan --shorter "$SHORTER" --depths "$DEPTHS" --seeds "$SEEDS" --methods "$METHODS" --regimes "$REGIMES" \
+    --network "$(network_name DEPTH)" --results_dir "$RESULTS_DIR" --slots ${#slots[@]} \
+    -- --model resnet --dataset "$DATASET" --data_dir "$DATA_DIR" ${EXTRA:-}
+
+failed_experiments=()
+# experiment METHOD REGIME ARGUMENTS...
+experiment() {
+    local method=$1 regime=$2 schedule name=$NETWORK
+    shift 2
+    if [ "$method" != fp ]; then name+=_$method; fi
+    if [ "$regime" != published ]; then name+=_$regime; fi
+    schedule=$("$PYTHON" scripts/study.py arguments "$method" "$regime" "$SHORTER")
+    mapfile -t schedule <<< "$schedule"
+    run_seeds "$name" "$@" "${schedule[@]}" || failed_experiments+=("$name")
+}
+
+for DEPTH in $DEPTHS; do
+    NETWORK=$(network_name "$DEPTH")
+    experiment fp published
+    for regime in $REGIMES; do
+        for method in $METHODS; do
+            experiment "$method" "$regime" --resume "$(warm_start)"
+        done
+    done
+done
+
+"$PYTHON" scripts/report.py "$RESULTS_DIR" --out "$RESULTS_DIR"
+if [ ${#failed_experiments[@]} -gt 0 ]; then
+    echo "FAILED: ${failed_experiments[*]}" >&2
+    exit 1
+fi
