@@ -7,7 +7,7 @@ A study's schedule is the published one divided by SHORTER (1: as published): ep
 and the proximal strength, summed over all steps before the freeze, as published. Two regimes are studied:
 
     published   each method as in the paper: BinaryConnect's learning rate decays, ProxQuant's is constant, ternary runs are longer
-    common      all methods alike: 300 epochs at batch size 128, Adam at 0.01, from half of them on 0.001, from three quarters 0.0001
+    common      all methods alike: 300 epochs at batch size 128, Adam at 0.01, 0.001 from their half on, 0.0001 from three quarters
 """
 
 import argparse
