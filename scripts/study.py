@@ -124,7 +124,7 @@ def measured_seconds(folder: Path) -> list[float]:
     try:
         with open(folder / "results.csv", newline="") as file:
             return [float(row["seconds"]) for row in csv.DictReader(file)]
-    except FileNotFoundError:
+    except OSError:  # not begun; or not a folder but a run's output
         return []
 
 
