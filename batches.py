@@ -6,6 +6,7 @@ augmentation of a batch follow from (seed, epoch, step) alone.
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,10 +20,44 @@ STD = (0.229, 0.224, 0.225)
 PAD = 4  # pixels on each side before the random crop
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of several processes takes of the data: process ``rank`` of ``count``; by default everything."""
+
+    rank: int = 0
+    count: int = 1
+
+    def part(self, first: int, last: int) -> slice:
+        """Of the samples ``first`` to ``last`` of a batch, this process's. Never empty, since a network needs some input:
+        where there are fewer samples than processes, some take the first one too, with ``weight`` 0."""
+        begin, end = self._bounds(last - first)
+        return slice(first + begin, first + end) if end > begin else slice(first, first + 1)
+
+    def weight(self, samples: int) -> float:
+        """What this process's mean loss over its part of so many samples must be multiplied by, so that the mean over all
+        processes is the mean over the samples."""
+        begin, end = self._bounds(samples)
+        return self.count * (end - begin) / samples
+
+    def _bounds(self, samples: int) -> tuple[int, int]:
+        return samples * self.rank // self.count, samples * (self.rank + 1) // self.count
+
+
+EVERYTHING = Share()
+
+
 class Batches(Protocol):
-    """One split in batches. Images are ``(N, 3, H, W)`` float32 in channels_last, labels int64 ``(N,)``, both on the device."""
+    """One split in batches. Images are ``(N, 3, H, W)`` float32 in channels_last, labels int64 ``(N,)``, both on the device.
+
+    Attributes:
+        samples: in an epoch, over all processes.
+        batch_size: over all processes; the last batch may be smaller.
+        share: what of each training batch, or which validation batches, this process takes.
+    """
 
     samples: int
+    batch_size: int
+    share: Share
 
     def __len__(self) -> int: ...
 
@@ -54,9 +89,12 @@ class Normalize:
 class TrainingBatches:
     """A shuffled, augmented training split: black frame of 4 pixels, random 32x32 crop, mirrored half of the time."""
 
-    def __init__(self, split: Split, batch_size: int, seed: int, device: torch.device, mirror: bool = True) -> None:
+    def __init__(
+        self, split: Split, batch_size: int, seed: int, device: torch.device, mirror: bool = True, share: Share = EVERYTHING
+    ) -> None:
         self.samples = len(split.labels)
         self.batch_size = batch_size
+        self.share = share
         self._seed, self._device, self._mirror = seed, device, mirror
         self._normalize = Normalize(device)
         self._labels = torch.from_numpy(split.labels).to(device)
@@ -75,7 +113,7 @@ class TrainingBatches:
         """The batches of an epoch, from step ``start`` on."""
         order, dy, dx, mirrored = self._draw(epoch)
         for first in range(start * self.batch_size, self.samples, self.batch_size):
-            part = slice(first, first + self.batch_size)
+            part = self.share.part(first, min(first + self.batch_size, self.samples))
             pixels = self._crop(order[part], dy[part], dx[part], mirrored[part])
             yield self._normalize(pixels), self._labels[order[part]]
 
@@ -94,21 +132,25 @@ class TrainingBatches:
 
 
 class ValidationBatches:
-    """A split as it is, in order."""
+    """A split as it is, in order; of several processes each takes whole batches in turn."""
 
-    BATCH = 500  # images: changes the figures by rounding only
+    batch_size = 500  # images: changes the figures by rounding only
 
-    def __init__(self, split: Split, device: torch.device) -> None:
+    def __init__(self, split: Split, device: torch.device, share: Share = EVERYTHING) -> None:
         self.samples = len(split.labels)
+        self.share = share
         self._normalize = Normalize(device)
         self._images = torch.from_numpy(split.images).to(device)
         self._labels = torch.from_numpy(split.labels).to(device)
 
     def __len__(self) -> int:
-        return -(-self.samples // self.BATCH)
+        return len(self._firsts())
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches, the same in every epoch."""
-        for first in range(start * self.BATCH, self.samples, self.BATCH):
-            part = slice(first, first + self.BATCH)
+        for first in self._firsts()[start:]:
+            part = slice(first, first + self.batch_size)
             yield self._normalize(self._images[part]), self._labels[part]
+
+    def _firsts(self) -> range:
+        return range(self.share.rank * self.batch_size, self.samples, self.share.count * self.batch_size)

@@ -117,6 +117,8 @@ def build_parser(
     add("--dataset", type=_word_from(datasets), default="cifar10", metavar="NAME", help=f"{', '.join(datasets)} (default: cifar10)")
     add("--data_dir", type=_path, default="Datasets", metavar="DIR", help="folder that data sets lie in (default: Datasets)")
     add("-j", "--workers", type=_COUNT_OR_ZERO, default=8, metavar="N", help="processes that decode imagenet images (default: 8)")
+    add("--holdout", type=_COUNT_OR_ZERO, default=0, metavar="N",
+        help="for tuning: validate on N training images, which are then not trained on (default: 0)")  # fmt: skip
     add("--input_size", type=_number(int, lambda v: 32 <= v <= 2048, "a whole number from 32 to 2048"), metavar="PIXELS",
         help="side of the images that imagenet is cropped to (default: 224); every other data set is 32")  # fmt: skip
     add("-a", "--model", type=_word_from(models), default="resnet", metavar="NAME", help=f"{', '.join(models)} (default: resnet)")
@@ -173,7 +175,8 @@ def build_parser(
     add("-p", "--print-freq", type=_COUNT, default=10, metavar="N", help="steps between two progress lines (default: 10)")
 
     add = parser.add_argument_group("device").add_argument
-    add("--gpus", "--gpu", type=_gpu_list, default=[0], metavar="LIST", help="GPU to use, the first of the list (default: 0)")
+    add("--gpus", "--gpu", type=_gpu_list, default=[0], metavar="LIST",
+        help="GPU to use; several, like 0,1,2,3, train one network together, a process on each (default: 0)")  # fmt: skip
     add("--device", type=_word_from(("auto", "cpu", "cuda")), default="auto", metavar="NAME",
         help="cpu, cuda, or auto: a GPU where there is one (default: auto)")  # fmt: skip
     add("--precision", type=_word_from(("auto", "fp32", "bf16")), default="auto", metavar="NAME",
@@ -183,6 +186,8 @@ def build_parser(
         help="compile the network for training (torch.compile): on, off, or auto: on a CPU with a C++ compiler if the run is "
         "long enough to gain (default: auto)")  # fmt: skip
     add("--tf32", action="store_true", help="let CUDA round fp32 products to TF32: faster, not exact")
+    add("--deterministic", action="store_true", help="bit-identical repetitions on CUDA too, at some cost; the CPU's always are")
+    add("--sync_bn", action="store_true", help="several GPUs: BatchNorm statistics over the whole batch, not each GPU's share")
     return parser
 
 

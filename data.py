@@ -1,12 +1,12 @@
 """Data sets by name: found or downloaded, and made into batches on the device."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from batches import Batches, TrainingBatches, ValidationBatches
-from datasets import READERS, Say, read_small_images
+from batches import EVERYTHING, Batches, Share, TrainingBatches, ValidationBatches
+from datasets import READERS, Say, hold_out, read_small_images
 
 DATASETS = (*READERS, "imagenet")
 MIRRORED = {"mnist": False}  # digits are the one set here whose mirror images are of no class
@@ -31,6 +31,8 @@ def load(
     say: Say,
     workers: int = 0,
     input_size: int | None = None,
+    holdout: int = 0,
+    share: Share = EVERYTHING,
 ) -> Data:
     """Finds (or downloads) a data set and makes its batches.
 
@@ -43,6 +45,8 @@ def load(
         say: is given lines about what is being done.
         workers: processes that decode images (imagenet only).
         input_size: side of the network's input in pixels (imagenet only; the other sets are 32).
+        holdout: so many training images are validated on, in place of the data set's own validation images.
+        share: what this process, of several, takes.
 
     Raises:
         UsageError: if the data set is not there and cannot be had, or is damaged.
@@ -50,11 +54,17 @@ def load(
     if name == "imagenet":
         from imagenet import load_imagenet  # on first use: it needs torchvision, which is slow to import
 
-        return Data(*load_imagenet(data_dir, device, batch_size, seed, workers, input_size or 224))
+        found = load_imagenet(data_dir, device, batch_size, seed, workers, input_size or 224, share, holdout)
+        return _named(Data(*found), holdout)
     images = read_small_images(name, data_dir, say)
-    return Data(
-        TrainingBatches(images.train, batch_size, seed, device, mirror=MIRRORED.get(name, True)),
-        ValidationBatches(images.test, device),
-        images.classes,
-        images.source,
-    )
+    train, validation = images.train, images.test
+    if holdout:
+        kept, held = hold_out(len(train.labels), holdout)
+        train, validation = train.take(kept), train.take(held)
+    batches = TrainingBatches(train, batch_size, seed, device, MIRRORED.get(name, True), share)
+    return _named(Data(batches, ValidationBatches(validation, device, share), images.classes, images.source), holdout)
+
+
+def _named(data: Data, holdout: int) -> Data:
+    source = f"{data.source}, validated on {holdout} held out training images" if holdout else data.source
+    return replace(data, source=source)

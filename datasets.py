@@ -33,6 +33,10 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
 
+    def take(self, indices: np.ndarray) -> "Split":
+        """The images of these indices."""
+        return Split(self.images[indices], self.labels[indices])
+
 
 @dataclass(frozen=True)
 class SmallImages:
@@ -56,6 +60,18 @@ def read_small_images(name: str, data_dir: Path, say: Say) -> SmallImages:
         UsageError: if it is not there and cannot be had, or what is there is incomplete or damaged.
     """
     return READERS[name](data_dir, say)
+
+
+def hold_out(samples: int, held: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training images that stay, and of those to validate on: the last of a permutation that never changes.
+
+    Raises:
+        UsageError: if none would stay.
+    """
+    if held >= samples:
+        raise UsageError(f"--holdout {held}: there are {samples} training images; a smaller number is needed")
+    order = np.random.RandomState(0).permutation(samples)  # whose numbers no version of numpy may change
+    return order[:-held], order[-held:]
 
 
 def _read_sample(data_dir: Path, say: Say) -> SmallImages:

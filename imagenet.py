@@ -9,16 +9,19 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from batches import MEAN, STD, generator
+from batches import EVERYTHING, MEAN, STD, Share, generator
+from datasets import hold_out
 from errors import UsageError
 
 FOLDERS = ("imagenet", "ImageNet", "Imagenet", ".")
 
 
 def load_imagenet(
-    data_dir: Path, device: torch.device, batch_size: int, seed: int, workers: int, input_size: int
+    data_dir: Path, device: torch.device, batch_size: int, seed: int, workers: int, input_size: int, share: Share, holdout: int
 ) -> tuple["FolderBatches", "FolderBatches", int, str]:
     """Training batches, validation batches, number of classes and source, from ``train/<class>/*`` and ``val/<class>/*``.
+
+    The arguments are those of ``data.load``.
 
     Raises:
         UsageError: if a folder is missing or empty, or the splits differ in their classes.
@@ -32,13 +35,16 @@ def load_imagenet(
     center = [transforms.Resize(input_size * 256 // 224), transforms.CenterCrop(input_size)]
     try:
         train = ImageFolder(folder / "train", transforms.Compose(augment + finish))
-        validation = ImageFolder(folder / "val", transforms.Compose(center + finish))
+        validation = ImageFolder(folder / ("train" if holdout else "val"), transforms.Compose(center + finish))
     except (FileNotFoundError, OSError) as error:
         raise UsageError(f"--data_dir {data_dir}: {' '.join(str(error).split())}") from None
     if train.classes != validation.classes:
         differing = sorted(set(train.classes) ^ set(validation.classes))
         raise UsageError(f"--data_dir: {folder} has the class {differing[0]!r} in only one of train and val")
-    shared = {"batch_size": batch_size, "seed": seed, "device": device, "workers": workers}
+    if holdout:
+        kept, held = hold_out(len(train), holdout)
+        train.samples, validation.samples = [train.samples[i] for i in kept], [train.samples[i] for i in held]
+    shared = {"batch_size": batch_size, "seed": seed, "device": device, "workers": workers, "share": share}
     return (
         FolderBatches(train, shuffled=True, **shared),
         FolderBatches(validation, shuffled=False, **shared),
@@ -65,15 +71,27 @@ class _Seeded(Dataset):
 
 
 class FolderBatches:
-    """A split of class folders in batches; see ``batches.Batches``."""
+    """A split of class folders in batches; see ``batches.Batches``.
 
-    def __init__(self, images: ImageFolder, batch_size: int, seed: int, device: torch.device, workers: int, shuffled: bool) -> None:
-        self.samples = len(images)
-        self._images, self._batch_size, self._seed = _Seeded(images), batch_size, seed
+    Of several processes each takes its part of every batch if ``shuffled`` (training), else whole batches in turn.
+    """
+
+    def __init__(
+        self,
+        images: ImageFolder,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        workers: int,
+        shuffled: bool,
+        share: Share = EVERYTHING,
+    ) -> None:
+        self.samples, self.batch_size, self.share = len(images), batch_size, share
+        self._images, self._seed = _Seeded(images), seed
         self._device, self._workers, self._shuffled = device, workers, shuffled
 
     def __len__(self) -> int:
-        return -(-self.samples // self._batch_size)
+        return len(self._parts())
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from step ``start`` on."""
@@ -81,8 +99,7 @@ class FolderBatches:
         order = torch.randperm(self.samples, generator=random) if self._shuffled else torch.arange(self.samples)
         seeds = torch.randint(0, 2**62, (self.samples,), generator=random)
         keys = list(zip(seeds.tolist(), order.tolist(), strict=True))
-        firsts = range(start * self._batch_size, self.samples, self._batch_size)
-        batches = [keys[first : first + self._batch_size] for first in firsts]
+        batches = [keys[part] for part in self._parts()[start:]]
         pinned = self._device.type == "cuda"
         loader = DataLoader(self._images, batch_sampler=batches, num_workers=self._workers, pin_memory=pinned)
         try:
@@ -91,3 +108,9 @@ class FolderBatches:
                 yield images, labels.to(self._device, non_blocking=True)
         except UsageError as error:  # from a worker it comes with the worker's traceback before it
             raise UsageError(str(error).strip().splitlines()[-1].split("UsageError: ")[-1]) from None
+
+    def _parts(self) -> list[slice]:
+        parts = [slice(first, min(first + self.batch_size, self.samples)) for first in range(0, self.samples, self.batch_size)]
+        if self._shuffled:
+            return [self.share.part(part.start, part.stop) for part in parts]
+        return parts[self.share.rank :: self.share.count]

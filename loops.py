@@ -33,44 +33,50 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into ``Interrupted`` at the next step boundary; a second one acts at once."""
+    """Turns SIGINT, SIGTERM and SIGUSR1 into ``Interrupted`` at the next step boundary; a second one acts at once.
+
+    Attributes:
+        number: of the signal that has come, 0 before.
+    """
 
     def __init__(self) -> None:
-        self._number: int | None = None
+        self.number = 0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self._number = number
+        self.number = number
         signal.signal(number, signal.SIG_DFL)
 
     def check(self) -> None:
         """Raises Interrupted if a signal has come."""
-        if self._number is not None:
-            raise Interrupted(self._number)
+        if self.number:
+            raise Interrupted(self.number)
 
 
 class Progress:
     """How far an epoch is: a bar on a terminal, a line every so many steps in the log."""
 
-    def __init__(self, words: str, steps: int, state: State, print_freq: int) -> None:
-        self._words, self._steps, self._state, self._print_freq = words, steps, state, print_freq
-        self._began, self._samples_before = time.perf_counter(), state.meter.samples
-        self._bar = tqdm(total=steps, initial=state.step, desc=words, unit="step", leave=False, disable=None)
+    def __init__(self, words: str, batches: Batches, state: State, print_freq: int, shown: bool = True) -> None:
+        self._words, self._batches, self._state, self._print_freq = words, batches, state, print_freq
+        self._began, self._begun_at = time.perf_counter(), state.step
+        hidden = None if shown else True  # None: where there is no terminal
+        self._bar = tqdm(total=len(batches), initial=state.step, desc=words, unit="step", leave=False, disable=hidden)
 
     def step(self) -> None:
         """Shows a step that is done, where it is time to; raises Diverged on a loss that is not finite."""
         self._bar.update()
         done, meter = self._state.step, self._state.meter
-        if done % self._print_freq and done != self._steps:
+        if done % self._print_freq and done != len(self._batches):
             return
         figures = meter.read()
         if not math.isfinite(figures["loss"]):
             raise Diverged(f"{self._words}, step {done}: the training loss is {figures['loss']}")
-        rate = (meter.samples - self._samples_before) / (time.perf_counter() - self._began)
+        samples = min(done * self._batches.batch_size, self._batches.samples) - self._begun_at * self._batches.batch_size
+        rate = samples / (time.perf_counter() - self._began)
         shown = f"loss {figures['loss']:.4f}, error {figures['error1']:.2f}%, {rate:.0f} images/s"
         self._bar.set_postfix_str(shown)
-        log.debug(f"{self._words}, step {done}/{self._steps}: {shown}")
+        log.debug(f"{self._words}, step {done}/{len(self._batches)}: {shown}")
 
     def close(self) -> None:
         """Takes the bar away."""
@@ -78,16 +84,26 @@ class Progress:
 
 
 def train_step(
-    network: Network, optimizer: ProjectedOptimizer, images: Tensor, labels: Tensor, precision: Precision, meter: Meter
+    network: Network,
+    optimizer: ProjectedOptimizer,
+    images: Tensor,
+    labels: Tensor,
+    precision: Precision,
+    meter: Meter,
+    weight: float = 1.0,
 ) -> None:
-    """One step on one batch. Nothing in here waits for the device."""
+    """One step on one batch. Nothing in here waits for the device.
+
+    ``weight`` is that of this process's share of the batch, see ``batches.Share``; with 0 the batch is not counted.
+    """
     optimizer.zero_grad()
     with precision.autocast():
         logits = network(images)
         loss = F.cross_entropy(logits, labels)
-    loss.backward()
+    (loss if weight == 1.0 else loss * weight).backward()
     optimizer.step()
-    meter.update(logits, labels, loss)
+    if weight:
+        meter.update(logits, labels, loss)
 
 
 def train(
@@ -104,7 +120,9 @@ def train(
     state.model.train()
     try:
         for images, labels in batches.epoch(state.epoch, state.step):
-            train_step(network, state.optimizer, images, labels, precision, state.meter)
+            samples = min(batches.batch_size, batches.samples - state.step * batches.batch_size)
+            weight = batches.share.weight(samples)
+            train_step(network, state.optimizer, images, labels, precision, state.meter, weight)
             state.step += 1
             progress.step()
             between_steps()
@@ -114,11 +132,14 @@ def train(
 
 @torch.inference_mode()
 def validate(
-    model: nn.Module, batches: Batches, device: torch.device, precision: Precision, stop: StopSignals | None = None
+    model: nn.Module, batches: Batches, meter: Meter, precision: Precision, stop: StopSignals | None = None
 ) -> dict[str, float]:
-    """Loss and errors of the network as it is, see ``Meter.read``. Raises Interrupted on a signal, between two batches."""
+    """Loss and errors of the network as it is, see ``Meter.read``, counted by ``meter``.
+
+    Raises:
+        Interrupted: on a signal, between two batches, if ``stop`` is given.
+    """
     model.eval()
-    meter = Meter(device)
     for images, labels in batches.epoch(0):
         with precision.autocast():
             logits = model(images)

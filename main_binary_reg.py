@@ -11,10 +11,16 @@ ProxQuant-binary from there:
         --save resnet20_pq_binary_Adam_run_0 --batch-size 128 --epochs 300 --reg_rate 1e-4 --optimizer Adam --lr 0.01 \\
         --projection_mode prox --freeze_epoch 200 --tb_dir tb/resnet20_pq_binary_Adam_Freeze_200_run_0
 
+One network on four GPUs, and on two machines of eight:
+
+    python main_binary_reg.py --gpus 0,1,2,3 ...
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 main_binary_reg.py ...
+
 The same command given again continues an unfinished run. ``--help`` explains every flag.
 """
 
 import ast
+import logging
 import sys
 import time
 from argparse import Namespace
@@ -29,6 +35,7 @@ from torch import nn
 import checkpoints
 import cli
 import data
+import distributed
 import loops
 import quantize
 import regimes
@@ -52,19 +59,30 @@ class Job:
     regime: regimes.Regime
     device: torch.device
     precision: utils.Precision
-    network: loops.Network
+    processes: distributed.Processes
+    network: nn.Module
     stop: loops.StopSignals
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0 done, 1 failed, 2 bad input, 128 + n ended by signal n."""
-    runs.log_to_terminal()
+    processes = distributed.here()
+    runs.log_to_terminal(logging.INFO if processes.first else logging.ERROR)
     try:
         args, warnings = cli.parse(argv, modes=quantize.MODES, models=MODELS, datasets=data.DATASETS, optimizers=regimes.OPTIMIZERS)
         if args.evaluate is not None:
-            return evaluate(args)
+            return evaluate(args) if processes.first else 0
+        run = runs.Run(args, writes=processes.first)
+        if run.finished:
+            run.finish()
+            log.info(f"{run.folder}: complete, all {args.epochs} epochs are trained")
+            return 0
+        if len(args.gpus) > 1 and utils.count_gpus(args.device) and not distributed.started_by_torchrun():
+            return distributed.launch([__file__, *(sys.argv[1:] if argv is None else argv)], len(args.gpus))
         utils.keep_freed_memory()
-        return train(args, warnings)
+        device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed, processes.local)
+        with distributed.joined(processes, device):
+            return train(args, [*warnings, *([warning] if warning else [])], run, device, processes)
     except UsageError as error:
         return _fail(str(error), 2)
     except loops.Diverged as error:
@@ -75,23 +93,26 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except OSError as error:
         return _fail(f"{error}: stopped, the last good checkpoint is kept", 1)
+    except RuntimeError as error:
+        if not (processes.several and distributed.lost_another(error)):
+            raise
+        return _fail("another process of this run is gone: stopped, the last good checkpoint is kept", 1)
 
 
-def train(args: Namespace, warnings: list[str]) -> int:
-    """One run, from its command line to its last epoch."""
-    run = runs.Run(args)
-    if run.finished:
-        run.finish()
-        log.info(f"{run.folder}: complete, all {args.epochs} epochs are trained")
-        return 0
-    device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed)
-    for line in [*warnings, *([warning] if warning else [])]:
+def train(
+    args: Namespace, warnings: list[str], run: runs.Run, device: torch.device, processes: distributed.Processes = distributed.ALONE
+) -> int:
+    """One run, from its first epoch, or the one that it is continued in, to its last."""
+    for line in warnings:
         log.warning(f"warning: {line}")
+    if args.deterministic:
+        utils.be_deterministic()
     precision = utils.select_precision(args.precision, device, args.tf32)
-
-    sets = data.load(args.dataset, Path(args.data_dir), device, args.batch_size, args.seed, log.info, args.workers, args.input_size)
+    sets = load_data(args, args.dataset, device, processes)
     utils.seed_everything(args.seed)
     model = build_model(args.model, args.dataset, args.model_config, sets.classes).to(device, memory_format=torch.channels_last)
+    if args.sync_bn:
+        model = distributed.synchronized(model, device)
     if args.resume and run.state is None:
         path = checkpoints.locate(Path(args.resume))
         checkpoints.load_weights(model, checkpoints.read(path), path)
@@ -101,19 +122,29 @@ def train(args: Namespace, warnings: list[str]) -> int:
     base_optimizer = regimes.build_optimizer(model.parameters(), regimes.settings_at(regime, args.start_epoch))
     optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode)
     start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
-    state = State(model, optimizer, start_signs, utils.Meter(device), args.start_epoch)
+    state = State(model, optimizer, start_signs, utils.Meter(device, processes.total), args.start_epoch)
     steps = (args.epochs - args.start_epoch) * len(sets.train)
     state.compiled = utils.select_compile(args.compile, device, steps)
+    state.processes = processes.share.count
 
-    run.open({**runs.facts_of_machine(device), "precision": precision.name})
+    facts = {**runs.facts_of_machine(device), "precision": precision.name, "processes": processes.share.count}
+    with processes.first_one_first():
+        run.open(facts)
     try:
         if run.state is not None:
             state.restore(run.state, regime)
             log.info(f"{run.folder}: continuing in epoch {state.epoch + 1}, after step {state.step}/{len(sets.train)}")
-        network = utils.CompiledNetwork(model, device, args.batch_size) if state.compiled else model
-        job = Job(args, run, sets, mode, regime, device, precision, network, loops.StopSignals())
+            if run.state.get("processes", 1) != state.processes:
+                log.warning(
+                    f"warning: {run.state.get('processes', 1)} processes before, {state.processes} now: sums round differently"
+                )
+            if not processes.first:
+                state.meter.reset()  # the first one has the counts of all
+        network = utils.CompiledNetwork(model, device, args.batch_size // processes.share.count) if state.compiled else model
+        job = Job(args, run, sets, mode, regime, device, precision, processes, network, loops.StopSignals())
         describe(job, state)
-        with tracking.Board(Path(args.tb_dir) if args.tb_dir else run.folder / "tb", continued_from=state.epoch) as board:
+        tb_dir = Path(args.tb_dir) if args.tb_dir else run.folder / "tb"
+        with tracking.Board(tb_dir if processes.first else None, continued_from=state.epoch) as board:
             if not state.history:
                 board.add_start(args, optimizer.latent, state.epoch)
             run.write_results(state.history)
@@ -145,8 +176,10 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
         set_optimizer(job, state, settings)
     try:
         words = f"epoch {state.epoch + 1}/{args.epochs}"
-        progress = loops.Progress(words, len(job.sets.train), state, args.print_freq)
-        loops.train(state, job.network, job.sets.train, job.precision, lambda: between_steps(job, state), progress)
+        progress = loops.Progress(words, job.sets.train, state, args.print_freq, shown=job.processes.first)
+        network = job.processes.averaging(job.network)
+        loops.train(state, network, job.sets.train, job.precision, lambda: between_steps(job, state), progress)
+        job.processes.align_buffers(state.model)
         row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength if optimizer.projecting else 0.0}
         row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
         with optimizer.hard_quantized():
@@ -164,10 +197,13 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
 
 
 def between_steps(job: Job, state: State) -> None:
-    """Ends the process after a signal, and saves inside a long epoch."""
-    job.stop.check()
+    """Ends the process after a signal, and saves inside a long epoch; all processes at the same step."""
     minutes = job.args.checkpoint_minutes
-    if minutes and time.monotonic() - job.run.saved_at > 60 * minutes:
+    due = job.processes.first and minutes > 0 and time.monotonic() - job.run.saved_at > 60 * minutes
+    number, due = job.processes.largest(job.stop.number, int(due))
+    if number:
+        raise loops.Interrupted(number)
+    if due:
         job.run.save_state(state.checkpoint(job.args))
         log.debug(f"saved after step {state.step}")
 
@@ -189,7 +225,9 @@ def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:
 
 def validate(job: Job, state: State) -> dict[str, float]:
     """Loss and errors of the network as it is now."""
-    return loops.validate(state.model, job.sets.validation, job.device, job.precision, job.stop)
+    meter = utils.Meter(job.device, job.processes.total)
+    stop = None if job.processes.several else job.stop  # several can stop only together, which they do between steps
+    return loops.validate(state.model, job.sets.validation, meter, job.precision, stop)
 
 
 def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Board) -> None:
@@ -201,7 +239,8 @@ def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Bo
     metrics = quantize.measure(optimizer.latent, optimizer.quantized(), state.start_signs)
     row |= {metric: sum(values.values()) / len(values) for metric, values in metrics.items()}
     state.history.append(row)
-    state.epoch, state.step, state.seconds, state.meter = state.epoch + 1, 0, 0.0, utils.Meter(job.device)
+    state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
+    state.meter.reset()
     board.add_epoch(row, metrics)
     if state.epoch % max(1, args.epochs // tracking.HISTOGRAMS) == 0 or state.epoch in (args.freeze_epoch, args.epochs):
         board.add_histograms(optimizer.latent, state.epoch)
@@ -226,22 +265,40 @@ def evaluate(args: Namespace) -> int:
     if warning:
         log.warning(f"warning: {warning}")
     precision = utils.select_precision(args.precision, device, args.tf32)
-    sets = data.load(dataset, Path(args.data_dir), device, args.batch_size, args.seed, log.info, args.workers, args.input_size)
+    sets = load_data(args, dataset, device)
     model = build_model(model_name, dataset, config, sets.classes).to(device, memory_format=torch.channels_last)
     checkpoints.load_weights(model, content, path)
 
     log.info(f"{path}: {model_name} {config} on {sets.source}, projection mode {mode_name or 'none'}")
-    figures = {"as it is": loops.validate(model, sets.validation, device, precision)}
+    figures = {"as it is": loops.validate(model, sets.validation, utils.Meter(device), precision)}
     if mode is not quantize.FULL_PRECISION:
         # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
         if not (content.get("hard_quantized") and content.get("projection_mode") == mode_name):
             with torch.no_grad():
                 for _, weight in mode.select(model):
                     weight.copy_(mode.hard_quantize(weight))
-        figures["hard-quantized"] = loops.validate(model, sets.validation, device, precision)
+        figures["hard-quantized"] = loops.validate(model, sets.validation, utils.Meter(device), precision)
     for words, found in figures.items():
         log.info(f"{words}: loss {found['loss']:.6f}, top-1 error {found['error1']:.2f}%, top-5 error {found['error5']:.2f}%")
     return 0
+
+
+def load_data(
+    args: Namespace, dataset: str, device: torch.device, processes: distributed.Processes = distributed.ALONE
+) -> data.Data:
+    """The data set, with what this process takes of it."""
+    return data.load(
+        dataset,
+        Path(args.data_dir),
+        device,
+        args.batch_size,
+        args.seed,
+        log.info,
+        workers=args.workers,
+        input_size=args.input_size,
+        holdout=args.holdout,
+        share=processes.share,
+    )
 
 
 def build_model(name: str, dataset: str, config: dict[str, Any], classes: int) -> nn.Module:
@@ -260,7 +317,8 @@ def describe(job: Job, state: State) -> None:
     args, sets = job.args, job.sets
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     computed = f"{job.precision.name} ({job.precision.reason}){', compiled' if state.compiled else ''}"
-    log.info(f"run: {job.run.folder} on {job.device}, {computed}, seed {args.seed}")
+    place = f"{job.processes.share.count} processes, the first on {job.device}" if job.processes.several else str(job.device)
+    log.info(f"run: {job.run.folder} on {place}, {computed}, seed {args.seed}")
     log.info(f"data: {sets.source}; {sets.train.samples} training and {sets.validation.samples} validation images")
     log.info(
         f"network: {args.model} of depth {state.model.depth}, {parameters:,} parameters"

@@ -30,7 +30,7 @@ COLUMNS = (
 )  # fmt: skip
 
 # What may differ between a run and its continuation: where the folder lies, and what changes no number.
-_FREE = {"results_dir", "save", "overwrite", "gpus", "workers", "print_freq", "evaluate"}
+_FREE = {"results_dir", "save", "overwrite", "gpus", "workers", "print_freq", "checkpoint_minutes", "evaluate"}
 
 log = logging.getLogger("proxquant")
 
@@ -49,9 +49,10 @@ class Run:
         folder: where it lies; made by ``open``.
         state: the latest good checkpoint's content where the run is continued, else None.
         saved_at: monotonic time of the last checkpoint, or of the start.
+        writes: False in all but one of several processes: then nothing is written, made or locked here.
     """
 
-    def __init__(self, args: Namespace) -> None:
+    def __init__(self, args: Namespace, writes: bool = True) -> None:
         """Looks, and writes nothing: finds out whether the run is new, to be continued, or not allowed.
 
         Raises:
@@ -64,6 +65,7 @@ class Run:
         self.folder = results / (args.save or time.strftime("%Y-%m-%d_%H-%M-%S"))
         self.state: dict[str, Any] | None = None
         self.saved_at = time.monotonic()
+        self.writes = writes
         self._lock: int | None = None
         _check_writable(self.folder if self._named else results)
         if self._named:
@@ -116,6 +118,8 @@ class Run:
 
     def finish(self) -> None:
         """Makes up for a process that died between the last checkpoint and the end."""
+        if not self.writes:
+            return
         rows, path = self.state["history"], self.folder / "results.csv"
         if not path.exists() or path.read_text().count("\n") <= len(rows):
             self.write_results(rows)
@@ -126,6 +130,10 @@ class Run:
         Raises:
             UsageError: if the folder cannot be made or written, or another process works in it.
         """
+        if not self.writes:
+            if self._named:
+                self._look()  # again: the process that writes has opened it now
+            return
         try:
             self.folder = self._make_folder()
             self._take_lock()
@@ -187,6 +195,9 @@ class Run:
 
     def save_state(self, content: dict[str, Any], keep: bool = False) -> None:
         """Writes the latest checkpoint and keeps the one before; ``keep`` also leaves a copy of its own for this epoch."""
+        self.saved_at = time.monotonic()
+        if not self.writes:
+            return
         self._log_handler.flush()
         content["log_bytes"] = (self.folder / "log.txt").stat().st_size
         latest = self.folder / checkpoints.LATEST
@@ -197,14 +208,16 @@ class Run:
         os.replace(fresh, latest)
         if keep:
             checkpoints.save(self.folder / f"checkpoint_epoch_{content['epoch']}.pth.tar", content)
-        self.saved_at = time.monotonic()
 
     def save_best(self, content: dict[str, Any]) -> None:
         """Writes the best network so far."""
-        checkpoints.save(self.folder / checkpoints.BEST, content)
+        if self.writes:
+            checkpoints.save(self.folder / checkpoints.BEST, content)
 
     def write_results(self, history: list[dict[str, Any]]) -> None:
         """Writes ``results.csv``: one line an epoch, empty where nothing was measured."""
+        if not self.writes:
+            return
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
@@ -222,12 +235,12 @@ class Run:
             self._lock = None
 
 
-def log_to_terminal() -> None:
-    """Sends the log's main lines to standard output; the run's file gets every line."""
+def log_to_terminal(level: int = logging.INFO) -> None:
+    """Sends the log's lines from ``level`` on to standard output; the run's file gets every line."""
     log.setLevel(logging.DEBUG)
     log.propagate = False
     handler = logging.StreamHandler(sys.stdout)
-    handler.setLevel(logging.INFO)
+    handler.setLevel(level)
     log.handlers = [handler]
 
 

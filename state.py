@@ -27,6 +27,7 @@ class State:
     best_prec1: best validation accuracy so far in percent, None before the first.
     history: the rows of results.csv.
     compiled: whether the network is compiled for training; a continuation keeps to it, since it changes roundings.
+    processes: how many train the network together.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class State:
     best_prec1: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     compiled: bool = False
+    processes: int = 1
 
     def checkpoint(self, args: Namespace) -> dict[str, Any]:
         """Everything, as tensors and plain values; the keys of the published checkpoints keep their names."""
@@ -53,6 +55,7 @@ class State:
             "random": _random_state(),
             "hard_quantized": self.optimizer.frozen,
             "compiled": self.compiled,
+            "processes": self.processes,
         }
 
     def network(self, args: Namespace) -> dict[str, Any]:

@@ -31,14 +31,17 @@ class Board:
     so that a checkpoint written then has all its points there.
 
     Args:
-        folder: where the file is written.
+        folder: where the file is written; None: nothing is.
         continued_from: epochs that were trained before; points beyond them, from an interrupted process, are purged.
 
     Raises:
         OSError: here and in every method, if the file cannot be written.
     """
 
-    def __init__(self, folder: Path, continued_from: int) -> None:
+    def __init__(self, folder: Path | None, continued_from: int) -> None:
+        self._events = None
+        if folder is None:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
         purged = continued_from + 1 if continued_from else 0
@@ -74,20 +77,23 @@ class Board:
 
     def flush(self) -> None:
         """Hands everything so far to the system: a killed process loses none of it."""
-        self._events.flush()
+        if self._events is not None:
+            self._events.flush()
 
     def __enter__(self) -> "Board":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # everything that counts was flushed, or its failure reported
-            self._events.close()
+        if self._events is not None:
+            with contextlib.suppress(OSError):  # everything that counts was flushed, or its failure reported
+                self._events.close()
 
     def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
         self._add(Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]), step)
 
     def _add(self, content: Summary, step: int) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
+        if self._events is not None:
+            self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,28 +18,44 @@ from torch import Tensor, nn
 from errors import UsageError
 
 
-def select_device(device: str, gpus: list[int], gpus_typed: bool) -> tuple[torch.device, str | None]:
-    """The device of a run, and a warning where it is not what the user asked for.
+def count_gpus(device: str) -> int:
+    """How many GPUs a run may choose from with ``--device``."""
+    return torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+
+
+def select_device(device: str, gpus: list[int], gpus_typed: bool, local: int = 0) -> tuple[torch.device, str | None]:
+    """The device of a process, and a warning where it is not what the user asked for.
 
     Args:
         device: ``cpu``, ``cuda`` or ``auto`` (a GPU where there is one).
-        gpus: indices of GPUs; the first is used.
+        gpus: indices of GPUs.
         gpus_typed: True where the user named the GPUs.
+        local: number of this process on its machine; it takes the GPU at this place of ``gpus``, or if none were named, this one.
 
     Raises:
         UsageError: if CUDA was asked for explicitly and is not there, or the machine has no GPU of that index.
     """
-    count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    count = count_gpus(device)
     if device == "cuda" and not count:
         raise UsageError("--device cuda: this machine has no CUDA device that torch can use; cpu or auto is accepted here")
     if not count:
         asked = gpus_typed and device == "auto"
         warning = f"--gpus {','.join(map(str, gpus))}: no CUDA device here, running on the CPU" if asked else None
         return torch.device("cpu"), warning
-    if gpus[0] >= count:
-        raise UsageError(f"--gpus {gpus[0]}: this machine has the GPUs 0 to {count - 1}")
-    torch.cuda.set_device(gpus[0])
-    return torch.device("cuda", gpus[0]), None
+    if gpus_typed and local >= len(gpus):
+        raise UsageError(f"--gpus {','.join(map(str, gpus))}: names {len(gpus)}, and there are more processes on this machine")
+    gpu = gpus[local] if gpus_typed else local
+    if gpu >= count:
+        raise UsageError(f"--gpus {gpu}: this machine has the GPUs 0 to {count - 1}")
+    torch.cuda.set_device(gpu)
+    return torch.device("cuda", gpu), None
+
+
+def be_deterministic() -> None:
+    """Has torch take only operations whose results repeat to the last bit (it raises RuntimeError where it has none)."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
 
 
 @dataclass(frozen=True)
@@ -106,20 +123,22 @@ def select_compile(requested: str, device: torch.device, steps: int) -> bool:
     )
 
 
-class CompiledNetwork:
+class CompiledNetwork(nn.Module):
     """A network's training forward pass, compiled for one batch size; batches of another size go through the network itself.
 
     The smaller last batch of an epoch would cost a second compilation for a few milliseconds of gain.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, batch_size: int) -> None:
-        self._model, self._batch_size = model, batch_size
+        super().__init__()
+        self.model, self._batch_size = model, batch_size
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
         mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
-        self._compiled = torch.compile(model, dynamic=False, mode=mode)
+        self._compiled = [torch.compile(model, dynamic=False, mode=mode)]  # in a list: not a second copy of the parameters
 
-    def __call__(self, images: Tensor) -> Tensor:
-        return (self._compiled if len(images) == self._batch_size else self._model)(images)
+    def forward(self, images: Tensor) -> Tensor:
+        """``(N, 3, H, W)`` images to ``(N, classes)`` logits."""
+        return (self._compiled[0] if len(images) == self._batch_size else self.model)(images)
 
 
 def keep_freed_memory() -> None:
@@ -143,11 +162,17 @@ def seed_everything(seed: int) -> None:
 
 
 class Meter:
-    """Mean loss and top-1 and top-5 errors over samples, counted on the device: reading it is the only synchronization."""
+    """Mean loss and top-1 and top-5 errors over samples, counted on the device: reading it is the only synchronization.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of the counts.
+        total: sums the counts over the processes of a run; then all of them must read, save and load at the same time.
+    """
+
+    def __init__(self, device: torch.device, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1 hits, top-5 hits
-        self.samples = 0
+        self._samples = 0
+        self._total = total
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
@@ -155,21 +180,28 @@ class Meter:
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
         self._sums += torch.stack([loss.double() * len(labels), hits[:, 0].sum(), hits.sum()])
-        self.samples += len(labels)
+        self._samples += len(labels)
 
     def read(self) -> dict[str, float]:
         """``loss`` (mean cross-entropy), ``error1`` and ``error5`` (percent); NaN before the first sample."""
-        if not self.samples:
+        counts = self.state_dict()
+        (loss, top1, top5), samples = counts["sums"], counts["samples"]
+        if not samples:
             return {"loss": float("nan"), "error1": float("nan"), "error5": float("nan")}
-        loss, top1, top5 = self._sums.tolist()
-        misses1, misses5 = self.samples - top1, self.samples - top5
-        return {"loss": loss / self.samples, "error1": 100 * misses1 / self.samples, "error5": 100 * misses5 / self.samples}
+        return {"loss": loss / samples, "error1": 100 * (samples - top1) / samples, "error5": 100 * (samples - top5) / samples}
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts so far."""
-        return {"sums": self._sums.tolist(), "samples": self.samples}
+        """The counts so far, over all processes."""
+        counts = torch.cat([self._sums, self._sums.new_tensor([self._samples])])
+        *sums, samples = self._total(counts).tolist()
+        return {"sums": sums, "samples": int(samples)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a ``state_dict``."""
+        """Takes over a ``state_dict``; of several processes only one may, since its counts are all of theirs."""
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        self.samples = state["samples"]
+        self._samples = state["samples"]
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._sums.zero_()
+        self._samples = 0

@@ -223,7 +223,7 @@ def validation_rate(setting: Setting, count: int) -> float:
     rates = []
     for _ in range(count):
         began = time.perf_counter()
-        loops.validate(model, images, setting.device, setting.precision)
+        loops.validate(model, images, utils.Meter(setting.device), setting.precision)
         rates.append(images.samples / (time.perf_counter() - began))
     return statistics.median(rates)
 
@@ -250,7 +250,7 @@ def only_memory(device: torch.device, precision: str) -> None:
     for _ in range(5):
         step()
     validation = batches.ValidationBatches(Split(setting.split.images[:10_000], setting.split.labels[:10_000]), device)
-    loops.validate(setting.network(), validation, device, setting.precision)
+    loops.validate(setting.network(), validation, utils.Meter(device), setting.precision)
     # Not getrusage: its maximum begins with that of the process that started this one.
     status = Path("/proc/self/status").read_text()
     print(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9)

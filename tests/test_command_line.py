@@ -10,9 +10,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import MAIN, ROOT, run_main
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
@@ -331,6 +333,28 @@ def test_a_full_disk_stops_the_run_and_spares_the_last_good_checkpoint(place, tm
         subprocess.run(["umount", folder], check=True)
 
 
+def test_a_vanished_folder_stops_the_run(place):
+    """Moved away under the run: one line, and what had been saved is whole and can be continued where it comes back."""
+    options = arguments(place, "--save", "vanishing", "--epochs", 400, "--lr", "0.01")
+    command = [sys.executable, str(MAIN), *map(str, options)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    folder, away, began = place["results"] / "vanishing", place["results"] / "away", time.monotonic()
+    while not (folder / "checkpoint.previous.pth.tar").exists():
+        assert time.monotonic() - began < 120
+        time.sleep(0.02)
+    folder.rename(away)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert re.fullmatch(r".*No such file or directory.*vanishing.*\n", said)
+    assert not folder.exists()
+    saved = load(away)
+    away.rename(folder)
+    again = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert f"continuing in epoch {saved['epoch'] + 1}" in again.stdout.readline()
+    again.terminate()
+    again.communicate(timeout=60)
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(place):
     options = arguments(place, "--save", "damaged", "--epochs", 4, "--lr", "0.01")
     run_main(*options)
@@ -391,6 +415,51 @@ def test_no_gpu_is_said_once(place):
     done = run_main(*arguments(place, "--save", "cuda", "--epochs", 1, "--device", "cuda"), check=2)
     assert "--device cuda" in done.stderr
     assert not (place["results"] / "cuda").exists()
+
+
+def test_held_out_images_are_validated_on_and_not_trained_on(place):
+    options = ("--save", "held", "--epochs", 1, "--lr", "0.01", "--holdout", 30)
+    done = run_main(*arguments(place, *options))
+    assert "50 training and 30 validation images" in done.stdout
+    assert "30 held out training images" in done.stdout
+    assert json.loads((place["results"] / "held" / "args.json").read_text())["arguments"]["holdout"] == 30
+    assert "--holdout" in run_main(*arguments(place, *options[:-1], 40), check=2).stderr
+
+
+def test_deterministic_changes_nothing_on_the_cpu(place):
+    for name, more in (("loose", ()), ("strict", ("--deterministic",))):
+        run_main(*arguments(place, "--save", name, "--epochs", 1, "--device", "cpu", *more))
+    loose, strict = (load(place["results"] / name)["state_dict"] for name in ("loose", "strict"))
+    assert all(torch.equal(loose[name], strict[name]) for name in loose)
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_imagenet_from_start_to_end(tmp_path, depth):
+    """Class folders of images of many sizes, through the main script: frozen, continued and evaluated."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 50), ("val", 15)):
+        for index, name in enumerate(("n01", "n02", "n03", "n04")):
+            folder = tmp_path / "data" / "imagenet" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                height, width = random.integers(40, 120, 2)
+                pixels = random.integers(60 * index, 60 * index + 60, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    network = ("--dataset", "imagenet", "--data_dir", tmp_path / "data", "--input_size", 32, "--workers", 2)
+    config = ("--model_config", f"{{'depth': {depth}}}", "--batch-size", 50, "--precision", "fp32")
+    options = (*network, *config, "--results_dir", tmp_path)
+    run_main(*options, "--epochs", 1, "--lr", "0.01", "--save", "fp")
+    quantized = ("--save", "prox", "--resume", tmp_path / "fp", "--freeze_epoch", 1, *MODES["prox"])
+    run_main(*options, *quantized, "--epochs", 1)
+    done = run_main(*options, *quantized, "--epochs", 2)
+    assert "200 training and 60 validation images" in done.stdout
+    state = load(tmp_path / "prox")["state_dict"]
+    assert set(state["layer3.0.conv1.weight"].unique().tolist()) == {-1.0, 1.0}
+    assert len(state["layer3.0.downsample.0.weight"].unique()) > 3
+    last = rows(tmp_path / "prox")[-1]
+    done = run_main("--evaluate", tmp_path / "prox" / "checkpoint.pth.tar", *network, "--precision", "fp32")
+    found = [float(loss) for loss in re.findall(r": loss ([0-9.]+)", done.stdout)]
+    assert found == pytest.approx([float(last["val_loss_bin"])] * 2, rel=1e-5)
 
 
 def test_start_epoch_beyond_the_freeze_freezes_at_once(place):

@@ -340,6 +340,34 @@ def test_imagenet_batches(imagenet, workers):
     assert torch.cat([labels for _, labels in sets.validation.epoch()]).tolist() == [0] * 3 + [1] * 3 + [2] * 3
 
 
+def test_of_several_processes_each_takes_its_share_of_imagenet(imagenet):
+    whole = load("imagenet", imagenet, batch_size=5, input_size=32)
+    parts = [load("imagenet", imagenet, batch_size=5, input_size=32, share=batches.Share(rank, 2)) for rank in (0, 1)]
+    assert len(parts[0].train) == len(parts[1].train) == len(whole.train)
+    for (images, labels), *shares in zip(whole.train.epoch(1), *(part.train.epoch(1) for part in parts), strict=True):
+        assert torch.equal(torch.cat([share[0] for share in shares]), images)
+        assert torch.equal(torch.cat([share[1] for share in shares]), labels)
+    validated = [labels for part in parts for _, labels in part.validation.epoch()]
+    assert sorted(torch.cat(validated).tolist()) == [0] * 3 + [1] * 3 + [2] * 3
+
+
+def test_held_out_imagenet(imagenet):
+    sets = load("imagenet", imagenet, batch_size=5, input_size=32, holdout=4)
+    assert (sets.train.samples, sets.validation.samples) == (14, 4)
+    paths = [path for split in (sets.train, sets.validation) for path, _ in split._images.images.samples]
+    assert len(set(paths)) == 18
+    assert all("train" in path for path in paths)
+
+
+def test_held_out_images_are_always_the_same_ones():
+    train, held = datasets.hold_out(40, 15)
+    assert sorted([*train, *held]) == list(range(40))
+    assert held.tolist() != sorted(held)
+    assert np.array_equal(held[5:], datasets.hold_out(40, 10)[1])
+    with pytest.raises(UsageError, match="--holdout 40"):
+        datasets.hold_out(40, 40)
+
+
 def test_imagenet_faults(imagenet):
     bad = imagenet / "imagenet" / "train" / "n02" / "1.jpg"
     bad.write_bytes(b"no image")

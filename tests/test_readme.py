@@ -15,7 +15,8 @@ import regimes
 from models import MODELS
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^    python main_binary_reg\.py (.*)$", README, re.MULTILINE)
+EVERY_COMMAND = re.findall(r"^    .*\bmain_binary_reg\.py (.*)$", README, re.MULTILINE)
+COMMANDS = [command for command in EVERY_COMMAND if "imagenet" not in command]  # test_command_line.py trains on ImageNet
 SHORT = ("--model_config", "{'depth': 8}", "--precision", "fp32")
 
 
@@ -40,6 +41,12 @@ def test_command(command, folder, tiny_data):
             run_main(*SHORT, "--save", needed.name, "--epochs", 1, "--data_dir", tiny_data, "--projection_mode", "prox", cwd=folder)
     done = run_main(*words, cwd=folder)
     assert ("hard-quantized: loss" if "--evaluate" in words else "done, best error") in done.stdout
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND)
+def test_every_command_is_accepted(command):
+    names = {"modes": quantize.MODES, "models": MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
+    assert cli.parse(shlex.split(command), **names)[1] == []
 
 
 def test_there_are_the_published_commands():

@@ -32,7 +32,9 @@ def test_meter_counts_as_one_would_by_hand(classes):
     other = utils.Meter(CPU)
     other.load_state_dict(meter.state_dict())
     assert other.read() == meter.read()
-    assert other.samples == 17
+    assert other.state_dict()["samples"] == 17
+    other.reset()
+    assert math.isnan(other.read()["loss"])
 
 
 def test_an_empty_meter_has_no_figures():

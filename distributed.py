@@ -1,0 +1,154 @@
+"""Several processes that train one network together, one on each GPU (or on CPUs), started by torchrun.
+
+Every process holds the whole network and makes the same steps: each computes the gradient of its share of the batch, the
+gradients are averaged (DistributedDataParallel), and optimizer and projection then do the same everywhere. Only the first
+process writes.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from batches import EVERYTHING, Share
+from errors import UsageError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of its run; by default the only one.
+
+    Attributes:
+        share: number of this process and count of all, over all machines.
+        local: number of this process on its machine, and of its GPU.
+    """
+
+    share: Share = EVERYTHING
+    local: int = 0
+
+    @property
+    def several(self) -> bool:
+        """True where there are others."""
+        return self.share.count > 1
+
+    @property
+    def first(self) -> bool:
+        """True in the one process that writes."""
+        return self.share.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes."""
+        if self.several:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, *numbers: int) -> list[int]:
+        """The largest of each number over all processes."""
+        if not self.several:
+            return list(numbers)
+        values = torch.tensor(numbers, dtype=torch.int64)  # on the CPU, by gloo: no GPU is waited for
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
+
+    def wait(self) -> None:
+        """Returns when all processes have called it."""
+        self.largest(0)
+
+    @contextlib.contextmanager
+    def first_one_first(self) -> Iterator[None]:
+        """A context that the first process goes through before the others enter it."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def averaging(self, network: nn.Module) -> nn.Module:
+        """The network with gradients that are averaged over all processes; to be made anew after a freeze."""
+        return nn.parallel.DistributedDataParallel(network) if self.several else network
+
+    def align_buffers(self, model: nn.Module) -> None:
+        """Gives all processes the first one's BatchNorm statistics: each has counted only its share of the last batch."""
+        if self.several:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+
+ALONE = Processes()
+
+
+def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
+    """The network with BatchNorm statistics over the whole batch; no more than a change of name where a process is alone.
+
+    Raises:
+        UsageError: on a CPU, where torch has none.
+    """
+    if device.type != "cuda":
+        raise UsageError(f"--sync_bn: torch has synchronized BatchNorm on GPUs only, and this run is on the {device.type}")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def lost_another(error: RuntimeError) -> bool:
+    """Whether an error means that another process is gone, and not that something is wrong here."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed"))
+
+
+def started_by_torchrun() -> bool:
+    """True in a process that torchrun started, also where it is the only one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def here() -> Processes:
+    """This process, from torchrun's environment."""
+    if not started_by_torchrun():
+        return ALONE
+    return Processes(Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])), int(os.environ["LOCAL_RANK"]))
+
+
+@contextlib.contextmanager
+def joined(processes: Processes, device: torch.device) -> Iterator[None]:
+    """A context in which the processes can talk to each other: NCCL between GPUs, gloo between CPUs."""
+    if not processes.several:
+        yield
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(RuntimeError):  # another process is gone already
+            dist.destroy_process_group()
+
+
+def launch(command: Sequence[str], count: int) -> int:
+    """Runs a Python script in so many processes on this machine, and passes signals on to them.
+
+    Args:
+        command: the script and its arguments.
+        count: of processes.
+
+    Returns:
+        The exit status: 128 + n after signal n, else torchrun's (1 if a process failed).
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *command]
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
+    received: list[int] = []
+    # A session of its own: Ctrl-C reaches the processes once, by the way below.
+    process = subprocess.Popen(torchrun, env=environment, start_new_session=True)
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        process.send_signal(signal.SIGTERM)  # torchrun passes this one on, and waits for the processes to save
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, pass_on)
+    status = process.wait()
+    return 128 + received[0] if received else abs(status)

@@ -1,0 +1,182 @@
+"""Several processes that train one network: shares of the data, equal gradients, equal weights, lost processes, signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import worker
+from conftest import MAIN, ROOT
+from hypothesis import given
+from hypothesis import strategies as st
+
+import batches
+import distributed
+import utils
+from datasets import Split
+from errors import UsageError
+
+CPU = torch.device("cpu")
+WORKER = ROOT / "tests" / "worker.py"
+NETWORK = ("--model_config", "{'depth': 8}", "--dataset", "cifar10", "--batch-size", "27", "--precision", "fp32", "--device", "cpu")
+LAZY = ("--projection_mode", "lazy", "--optimizer", "Adam", "--lr", "0.01", "--epochs", "4", "--freeze_epoch", "2")
+
+
+def torchrun(script: Path, *arguments: object, options: tuple[str, ...] = (), fault: str = "") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options, script, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment)
+
+
+def train_two(out: Path, results: Path, data: Path, save: str, **more: object) -> subprocess.CompletedProcess:
+    out.mkdir(exist_ok=True)
+    arguments = (*NETWORK, *LAZY, "--data_dir", data, "--results_dir", results, "--save", save, "--print-freq", "2")
+    return torchrun(WORKER, out, "train", *arguments, **more)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_data) -> tuple[Path, Path]:
+    """Results and notes of a run in two processes."""
+    results, out = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("notes")
+    done = train_two(out, results, tiny_data, "whole")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("done, best error") == 1  # said by one process
+    return results, out
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pth.tar", weights_only=True)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    first, second = checkpoint(one), checkpoint(other)
+    assert first["epoch"] == second["epoch"]
+    for name, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][name]), name
+    tables = [[line.split(",") for line in (run / "results.csv").read_text().splitlines()] for run in (one, other)]
+    seconds = tables[0][0].index("seconds")
+    for row, same in zip(*tables, strict=True):
+        assert [v for i, v in enumerate(row) if i != seconds] == [v for i, v in enumerate(same) if i != seconds]
+
+
+@given(st.integers(1, 70), st.integers(1, 9), st.integers(0, 1000))
+def test_shares_are_a_partition_and_their_weighted_means_are_the_mean(samples, count, first):
+    losses = np.random.default_rng(samples).normal(size=first + samples)
+    seen, mean = [], 0.0
+    for rank in range(count):
+        share = batches.Share(rank, count)
+        part = losses[share.part(first, first + samples)]
+        assert len(part) >= 1
+        mean += share.weight(samples) * part.mean() / count
+        if share.weight(samples):
+            seen += part.tolist()
+    assert seen == losses[first:].tolist()
+    assert mean == pytest.approx(losses[first:].mean(), rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.parametrize("samples", [1, 499, 500, 501, 2600])
+def test_several_processes_validate_each_image_once(samples):
+    split = Split(np.zeros((samples, 32, 32, 3), np.uint8), np.arange(samples))
+    labels = []
+    for rank in range(3):
+        source = batches.ValidationBatches(split, CPU, batches.Share(rank, 3))
+        found = [batch.tolist() for _, batch in source.epoch()]
+        assert len(found) == len(source)
+        labels += [label for batch in found for label in batch]
+    assert sorted(labels) == list(range(samples))
+
+
+def test_the_gradient_of_two_processes_is_that_of_one(tmp_path):
+    done = torchrun(WORKER, tmp_path, "gradients")
+    assert done.returncode == 0, done.stderr
+    alone = worker.gradients(distributed.ALONE)
+    one, two = (torch.load(tmp_path / f"gradients-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(alone) > 100
+    for name, expected in alone.items():
+        assert torch.equal(one[name], two[name]), name
+        torch.testing.assert_close(one[name], expected, rtol=1e-11, atol=1e-13)
+    assert any(alone[name].abs().max() > 1e-3 for name in alone if name.startswith("1 "))
+
+
+def test_two_processes_hold_the_same_weights_to_the_last_bit(undisturbed):
+    _, out = undisturbed
+    for epoch in range(4):
+        one, two = (torch.load(out / f"weights-{rank}-{epoch}.pt", weights_only=True) for rank in (0, 1))
+        assert any(name.startswith("latent") for name in one)
+        for name, value in one.items():
+            assert torch.equal(value, two[name]), (epoch, name)
+
+
+def test_the_recorded_score_is_that_of_one_process(undisturbed, tiny_data):
+    results, _ = undisturbed
+    best = torch.load(results / "whole" / "model_best.pth.tar", weights_only=True)
+    command = [sys.executable, MAIN, "--evaluate", results / "whole", "--data_dir", tiny_data, "--precision", "fp32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert f"hard-quantized: loss {best['results']['val_loss_bin']:.6f}" in done.stdout
+    assert f"top-1 error {100 - best['best_prec1']:.2f}%" in done.stdout
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_job_and_the_same_command_continues(undisturbed, tiny_data, tmp_path, rank):
+    whole, _ = undisturbed
+    broken = train_two(tmp_path / "notes", tmp_path, tiny_data, "broken", fault=f"{rank} 4")
+    assert broken.returncode != 0
+    assert (tmp_path / "notes" / "fault-has-happened").exists()
+    assert checkpoint(tmp_path / "broken")["epoch"] == 1
+    again = train_two(tmp_path / "notes", tmp_path, tiny_data, "broken")
+    assert again.returncode == 0, again.stderr
+    assert "continuing in epoch 2" in again.stdout
+    assert_same_run(whole / "whole", tmp_path / "broken")
+
+
+def test_torchrun_restarts_a_job_by_itself(undisturbed, tiny_data, tmp_path):
+    whole, _ = undisturbed
+    done = train_two(tmp_path / "notes", tmp_path, tiny_data, "broken", fault="1 8", options=("--max-restarts", "1"))
+    assert done.returncode == 0, done.stderr
+    assert "continuing in epoch 3" in done.stdout
+    assert_same_run(whole / "whole", tmp_path / "broken")
+
+
+def test_a_signal_saves_in_all_processes_at_one_step(undisturbed, tiny_data, tmp_path):
+    """Through ``launch``, which is what --gpus 0,1 does."""
+    whole, _ = undisturbed
+    arguments = (*NETWORK, *LAZY, "--data_dir", tiny_data, "--results_dir", tmp_path, "--save", "stopped", "--print-freq", "2")
+    code = "import distributed, sys; sys.exit(distributed.launch(sys.argv[1:], 2))"
+    command = list(map(str, [sys.executable, "-c", code, MAIN, *arguments]))
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "stopped" / "results.csv").exists() or not (tmp_path / "stopped" / "checkpoint.pth.tar").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1, output
+    assert "stopped by SIGTERM in epoch" in output
+    assert 1 <= checkpoint(tmp_path / "stopped")["epoch"] < 4
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert_same_run(whole / "whole", tmp_path / "stopped")
+
+
+def test_each_process_takes_its_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(utils, "count_gpus", lambda device: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert utils.select_device("auto", [3, 1], True, local=1)[0] == torch.device("cuda", 1)
+    assert utils.select_device("auto", [0], False, local=2)[0] == torch.device("cuda", 2)
+    assert chosen == [1, 2]
+    with pytest.raises(UsageError, match="more processes"):
+        utils.select_device("auto", [3, 1], True, local=2)
+    with pytest.raises(UsageError, match="GPUs 0 to 3"):
+        utils.select_device("auto", [4], True)
+
+
+def test_synchronized_statistics_need_gpus():
+    with pytest.raises(UsageError, match="--sync_bn"):
+        distributed.synchronized(torch.nn.BatchNorm2d(3), CPU)

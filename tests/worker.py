@@ -1,0 +1,82 @@
+"""One of several processes under torchrun, for test_distributed.py. Not a test itself.
+
+    torchrun ... worker.py OUT gradients                  the gradients of one step in float64, to OUT/gradients-RANK.pt
+    torchrun ... worker.py OUT train ARGUMENTS...         the script, with each epoch's weights to OUT/weights-RANK-EPOCH.pt
+
+With FAULT="RANK STEP" in the environment, that process kills itself once, after so many steps.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import batches
+import distributed
+import loops
+import main_binary_reg
+import models
+import quantize
+import utils
+from datasets import Split
+
+CPU = torch.device("cpu")
+
+
+def gradients(processes: distributed.Processes) -> dict[str, torch.Tensor]:
+    """Of one step on 7 images and one on a single image, which leaves a second process without any."""
+    random = np.random.default_rng(0)
+    split = Split(random.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8), random.integers(0, 10, 8))
+    torch.manual_seed(0)
+    model = models.resnet("cifar10", 8).double().eval()  # BatchNorm with its running statistics: no sum over the batch
+    mode = quantize.MODES["lazy"]
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.01), mode.select(model), mode)
+    network, meter = processes.averaging(model), utils.Meter(CPU, processes.total)
+    source, found = batches.TrainingBatches(split, 7, 0, CPU, share=processes.share), {}
+    for step, (images, labels) in enumerate(source.epoch(0)):
+        weight = processes.share.weight((7, 1)[step])
+        loops.train_step(network, optimizer, images.double(), labels, utils.Precision("fp32", "cpu"), meter, weight)
+        found |= {f"{step} {name}": parameter.grad for name, parameter in model.named_parameters()}
+        found |= {f"{step} {name} after": parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return found | {"meter": torch.tensor(list(meter.read().values()), dtype=torch.float64)}
+
+
+def train(out: Path, rank: int, arguments: list[str]) -> int:
+    finish_epoch, between_steps = main_binary_reg.finish_epoch, main_binary_reg.between_steps
+    steps = 0
+
+    def finish_and_note(job, state, row, board):
+        held = {**state.model.state_dict(), **{f"latent {name}": weight for name, weight in state.optimizer.latent.items()}}
+        torch.save(held, out / f"weights-{rank}-{state.epoch}.pt")
+        finish_epoch(job, state, row, board)
+
+    def step_or_die(job, state):
+        nonlocal steps
+        steps += 1
+        marker = out / "fault-has-happened"
+        if os.environ.get("FAULT") == f"{rank} {steps}" and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        between_steps(job, state)
+
+    main_binary_reg.finish_epoch, main_binary_reg.between_steps = finish_and_note, step_or_die
+    return main_binary_reg.main(arguments)
+
+
+def main() -> int:
+    out, task, *arguments = sys.argv[1:]
+    processes = distributed.here()
+    if task == "train":
+        return train(Path(out), processes.share.rank, arguments)
+    with distributed.joined(processes, CPU):
+        torch.save(gradients(processes), Path(out) / f"gradients-{processes.share.rank}.pt")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
