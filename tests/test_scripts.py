@@ -1,5 +1,6 @@
 """The training scripts: seeds side by side, queues, failures, interrupts; and the sample's maker."""
 
+import ast
 import os
 import signal
 import subprocess
@@ -146,3 +147,90 @@ def test_the_sample_is_what_its_maker_makes(tmp_path):
     ):
         for name in kept.files:
             assert np.array_equal(made[name], kept[name])
+
+
+def slurm(folder: Path, fake: str, task: int, **more: str) -> subprocess.Popen:
+    (folder / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$*" >> {folder}/scontrol-calls\n')
+    (folder / "scontrol").chmod(0o755)
+    settings = environment(folder, folder, PYTHON=fake, SEEDS="3 5", PATH=f"{folder}:{os.environ['PATH']}")
+    settings |= {"SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT), **more}
+    script = folder / "copied-by-slurm"
+    script.write_text((ROOT / "scripts" / "slurm-seeds.sbatch").read_text())
+    return subprocess.Popen(["bash", script], env=settings, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_each_slurm_task_is_one_method_and_seed(tmp_path):
+    fake = fake_python(tmp_path, f'case "$1" in scripts/*) exec {sys.executable} "$@";; *) echo "$@";; esac')
+    found = [slurm(tmp_path, fake, task, SCHEDULE="short", SLURM_GPUS_ON_NODE="2").communicate()[0] for task in range(6)]
+    names = ["bc_run_3", "bc_run_5", "pq_binary_run_3", "pq_binary_run_5", "pq_ternary_run_3", "pq_ternary_run_5"]
+    for line, name in zip(found, names, strict=True):
+        assert f"--save resnet8_{name} " in line
+        assert f"--seed {name[-1]} " in line
+        assert "--gpus 0,1 " in line
+        assert "resnet8_run_0 " in line  # the warm start
+    assert "--epochs 12 " in found[0]
+    assert "--epochs 300 " in slurm(tmp_path, fake, 1).communicate()[0]
+    beyond = slurm(tmp_path, fake, 6)
+    assert "tasks 0 to 5" in beyond.communicate()[1]
+    assert beyond.returncode == 2
+
+
+@pytest.mark.parametrize(("number", "status", "requeued"), [(signal.SIGUSR1, 0, True), (signal.SIGTERM, 143, False)])
+def test_a_slurm_task_saves_and_is_requeued(tmp_path, number, status, requeued):
+    wait = f"trap 'sleep 0.2; exit 138' USR1; trap 'exit 143' TERM; touch {tmp_path}/started; while :; do sleep 0.05; done"
+    fake = fake_python(tmp_path, f'case "$1" in scripts/*) exec {sys.executable} "$@";; *) {wait};; esac')
+    process = slurm(tmp_path, fake, 0)
+    began = time.monotonic()
+    while not (tmp_path / "started").exists():
+        assert time.monotonic() - began < 30
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == status
+    calls = tmp_path / "scontrol-calls"
+    assert (calls.read_text() == "requeue 77\n") if requeued else not calls.exists()
+
+
+@pytest.mark.parametrize("method", ["bc", "pq_binary", "pq_ternary"])
+@pytest.mark.parametrize("regime", ["published", "common"])
+@pytest.mark.parametrize("shorter", [1, 10, 25, 60])
+def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter):
+    """The summed strength, counted step by step from the command line's own arguments."""
+
+    def pull(found: dict[str, str]) -> float:
+        regime, rate, total = ast.literal_eval(found.get("--regime", "{}")), float(found["--lr"]), 0.0
+        for epoch in range(int(found["--freeze_epoch"])):
+            rate = regime.get(epoch, {}).get("lr", rate)
+            total += -(-50_000 // int(found["--batch-size"])) * rate * float(found["--reg_rate"]) * epoch
+        return total
+
+    command = [sys.executable, ROOT / "scripts" / "study.py", "arguments", method, regime, str(shorter)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = dict(zip(lines[::2], lines[1::2], strict=True))
+    epochs = 600 if (method, regime) == ("pq_ternary", "published") else 300
+    assert int(found["--epochs"]) == pytest.approx(epochs / shorter, abs=1)
+    assert int(found["--freeze_epoch"]) == pytest.approx(int(found["--epochs"]) * 2 / 3, abs=1)
+    if method == "bc":
+        assert "--reg_rate" not in found
+    else:
+        expected = 0.01 * 1e-4 * (391 * 200 * 199 / 2 if method == "pq_binary" else 196 * 400 * 399 / 2)
+        assert pull(found) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_whole_study(tmp_path, tiny_data):
+    """All methods under both regimes from one command; given again it finds everything complete."""
+    settings = environment(tmp_path, tiny_data, SCHEDULE="short", SHORTER="100", DEPTHS="8", RUNS_PER_GPU="2")
+    done = run("reproduce.sh", env=settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = ["resnet8", *(f"resnet8_{m}{r}" for r in ("", "_common") for m in ("bc", "pq_binary", "pq_ternary"))]
+    said = [line for line in done.stdout.splitlines() if "all seeds done" in line]
+    assert said == [f"{name}: all seeds done: 0 1" for name in names]
+    assert "an epoch (measured now, alone)" in done.stdout
+    assert "hours with 2 runs at a time" in done.stdout
+    again = run("reproduce.sh", env=settings)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("complete") == 14
+    assert "about 0.0 hours" in again.stdout
+    wrong = run("reproduce.sh", env={**settings, "SCHEDULE": "shrt"})
+    assert wrong.returncode == 2
+    assert "SCHEDULE=shrt" in wrong.stderr
