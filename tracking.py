@@ -21,6 +21,23 @@ HISTOGRAMS = 20  # about so many over a run: enough to see the weights split, sm
 BINS = 80
 _CURVES = ("train_loss", "val_loss", "train_error1", "val_error1", "train_error5", "val_error5",
            "val_loss_bin", "val_error1_bin", "val_error5_bin", "lr", "strength")  # fmt: skip
+# The page "custom scalars": the charts that tell how a quantized training goes. Tags are regular expressions.
+_LAYOUT = {
+    "error": {
+        "validation top-1 error, % (bin: hard-quantized)": ["Multiline", ["^val_error1$", "^val_error1_bin$"]],
+        "training top-1 error, %": ["Multiline", ["^train_error1$"]],
+        "loss": ["Multiline", ["^train_loss$", "^val_loss$", "^val_loss_bin$"]],
+    },
+    "quantization": {
+        "mean distance of weights from -1 and +1": ["Multiline", ["^binary_mean$"]],
+        "quantization error, relative": ["Multiline", ["^quant_error_mean$"]],
+        "strength": ["Multiline", ["^strength$"]],
+    },
+    "sign changes": {
+        "share of signs changed since the start": ["Multiline", ["^sign_change_mean$"]],
+        "the same by parameter": ["Multiline", ["^sign_change/"]],
+    },
+}
 _HPARAMS = ("model", "dataset", "projection_mode", "optimizer", "lr", "batch_size", "epochs", "freeze_epoch", "reg_rate", "seed")
 
 
@@ -48,7 +65,8 @@ class Board:
         self._events.write_event(Event(wall_time=time.time(), step=purged, session_log=SessionLog(status=SessionLog.START)))
 
     def add_start(self, args: Namespace, weights: Mapping[str, Tensor], epoch: int) -> None:
-        """The arguments as text, and the weights before the first step."""
+        """The arrangement of the charts, the arguments as text, and the weights before the first step."""
+        self._add(summary.custom_scalars(_LAYOUT), epoch)
         shown = {name: value for name, value in sorted(vars(args).items()) if name not in cli.DERIVED}
         self._add(summary.text("arguments", "\n".join(f"    {name} = {json.dumps(value)}" for name, value in shown.items())), epoch)
         self.add_histograms(weights, epoch)

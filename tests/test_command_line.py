@@ -84,6 +84,7 @@ def test_full_precision_writes_everything(place):
     events = scalars(folder / "tb")
     for name in ("train_loss", "val_loss", "train_error1", "val_error1", "train_error5", "val_error5", "lr"):
         assert [point.step for point in events.Scalars(name)] == [1, 2, 3]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
     assert [point.value for point in events.Scalars("val_loss")] == pytest.approx([float(row["val_loss"]) for row in found])
 
 
