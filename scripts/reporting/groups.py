@@ -1,0 +1,241 @@
+"""Runs sorted into groups that differ in nothing but their seed, and groups into sections that can be compared."""
+
+import json
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import cli
+import data
+import models
+import quantize
+import regimes
+from reporting import runs
+from reporting.runs import Run
+from reporting.schedules import DATA, PRECISION, REGIME, STRENGTH, schedule_text, shown
+from reporting.statistics import Spread, spread
+
+# What may differ inside a group: the seed, where things lie, and what changes no number.
+FREE = {"seed", "save", "tb_dir", "results_dir", "data_dir", "gpus", "workers", "print_freq", "checkpoint_minutes", "save_all",
+        "overwrite", "evaluate", *cli.DERIVED}  # fmt: skip
+_NAMES = {"modes": quantize.MODES, "models": models.MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
+DEFAULTS = vars(cli.build_parser(**_NAMES).parse_args([]))
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """All that two runs of one group have in common, by name."""
+    # A flag that is newer than the run had its default's effect.
+    arguments = {**DEFAULTS, "holdout": 0, **run.arguments}
+    kept = {name: value for name, value in arguments.items() if name not in FREE}
+    kept["holdout"] = kept["holdout"] or 0
+    kept["model_config"] = {**kept["model_config"], "depth": depth(run)}
+    kept["resume"] = _place(run, kept["resume"])
+    if run.facts.get("precision"):
+        kept[PRECISION] = run.facts["precision"]
+        del kept["precision"]
+    kept[DATA] = run.data
+    kept[REGIME] = run.regime or sorted({row.get("lr") or 0 for row in run.rows})
+    # From 0 up, as read: a strength that was typed and one that was a default can look alike among the arguments.
+    kept[STRENGTH] = [row.get("strength") for row in run.rows]
+    return json.loads(json.dumps(kept, sort_keys=True, default=str))
+
+
+def depth(run: Run) -> int:
+    """The network's depth; where the user gave none, the flag's default."""
+    return run.arguments["model_config"].get("depth", 18 if run.arguments["dataset"] == "imagenet" else 20)
+
+
+def method_of(mode: str | None) -> str:
+    """A method's name as the tables have it."""
+    found = quantize.FULL_PRECISION if mode is None else quantize.MODES.get(mode)
+    return found.title.split(":")[0] if found else mode
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs that differ in nothing but their seed.
+
+    Attributes:
+        number: its name in the report.
+        runs: by seed, each seed once.
+        identity: what they have in common.
+        schedule: that in short words, different from those of the other groups of its section.
+        warm_start: name and best error of the full-precision run that they start from; None for runs that start from none,
+            and no error where it cannot be known.
+    """
+
+    number: int
+    runs: tuple[Run, ...]
+    identity: dict[str, Any]
+    schedule: str
+    warm_start: tuple[str, float | None] | None
+
+    @property
+    def mode(self) -> str | None:
+        return self.runs[0].mode
+
+    @property
+    def method(self) -> str:
+        return method_of(self.mode)
+
+    @property
+    def epochs(self) -> int:
+        return self.identity["epochs"]
+
+    @property
+    def freeze_epoch(self) -> int | None:
+        """Epochs before the freeze; None where it never comes."""
+        epoch = self.identity["freeze_epoch"]
+        return epoch if 0 <= epoch < self.epochs else None
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.arguments["seed"] for run in self.runs]
+
+    @cached_property
+    def section(self) -> str:
+        return section_key(self.identity)
+
+    @property
+    def same_schedule(self) -> str:
+        """Equal for groups whose epochs, freeze, batch size, regime and precision are equal."""
+        names = ("epochs", "start_epoch", "freeze_epoch", "batch_size", "keep_optimizer_state", "resume", REGIME, PRECISION)
+        return json.dumps([self.identity.get(name) for name in names])
+
+    def final_errors(self) -> dict[int, float]:
+        """By seed: top-1 error in percent after the last epoch, of the hard-quantized network where there is one."""
+        return {run.arguments["seed"]: run.final_error for run in self.runs}
+
+    def best_errors(self) -> dict[int, float]:
+        """By seed: the lowest error of any epoch."""
+        return {run.arguments["seed"]: run.best_error for run in self.runs}
+
+    def at(self, epoch: int | None, column: str) -> dict[int, float]:
+        """By seed: a figure after so many epochs, of the seeds that have it."""
+        found = {run.arguments["seed"]: run.at(epoch, column) for run in self.runs} if epoch else {}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def sign_changes(self) -> dict[int, float]:
+        """By seed: signs that differ from the start's at the freeze, in percent, mean over the tensors."""
+        return {seed: 100 * value for seed, value in self.at(self.freeze_epoch, "sign_change").items()}
+
+    def spread(self, values: dict[int, float]) -> Spread | None:
+        return spread(list(values.values()))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A run that is not in the tables, or that is not with its family there, and why."""
+
+    run: Run
+    reason: str
+
+
+def section_key(identity: dict[str, Any]) -> str:
+    """Equal for runs on the same images with the same network, whose errors can be compared."""
+    return json.dumps([identity[name] for name in ("dataset", DATA, "holdout", "model", "model_config", "input_size")])
+
+
+def collect(found: list[Run]) -> tuple[list[Group], list[LeftOut]]:
+    """The groups in the order of the tables, and all that is not as it should be."""
+    left_out = [LeftOut(run, run.problem) for run in found if run.problem]
+    sorted_runs: dict[str, list[Run]] = {}
+    identities = {}
+    for run in (run for run in found if not run.problem):
+        one = identity(run)
+        key = json.dumps(one, sort_keys=True)
+        identities[key] = one
+        same_seed = [other for other in sorted_runs.get(key, []) if other.arguments["seed"] == run.arguments["seed"]]
+        if same_seed:
+            left_out.append(LeftOut(run, f"the same seed, {run.arguments['seed']}, and the same arguments as {same_seed[0].name}"))
+        else:
+            sorted_runs.setdefault(key, []).append(run)
+    order = sorted(sorted_runs, key=lambda key: _order(identities[key], sorted_runs[key][0]))
+    schedules = _schedules([(sorted_runs[key], identities[key]) for key in order])
+    groups = [
+        Group(number, tuple(sorted(sorted_runs[key], key=lambda run: run.arguments["seed"])), identities[key], text,
+              _warm_start(sorted_runs[key][0], found))
+        for number, (key, text) in enumerate(zip(order, schedules, strict=True), 1)
+    ]  # fmt: skip
+    return groups, left_out + _mismatched(groups)
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names in which two identities differ; not those that only follow from another one."""
+    names = sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+    asked = [name for name in names if name not in (REGIME, STRENGTH)]
+    return asked or names
+
+
+def _order(identity: dict[str, Any], run: Run) -> tuple:
+    modes = [None, *quantize.MODES]
+    place = modes.index(run.mode) if run.mode in modes else len(modes)
+    family = [runs.natural_order(run.folder.parent), runs.natural_order(_family(run)[1])]
+    return identity["dataset"], depth(run), section_key(identity), place, identity["epochs"], family
+
+
+def _schedules(sorted_runs: list[tuple[list[Run], dict[str, Any]]]) -> list[str]:
+    """Each group's schedule in short words; what else sets apart those that would read alike is added."""
+    texts = [schedule_text(members[0], identity) for members, identity in sorted_runs]
+    heads = [(section_key(identity), members[0].mode, text) for (members, identity), text in zip(sorted_runs, texts, strict=True)]
+    found = []
+    for (_, identity), head in zip(sorted_runs, heads, strict=True):
+        alike = [other for (_, other), other_head in zip(sorted_runs, heads, strict=True) if other_head == head]
+        names = sorted({name for other in alike for name in differences(identity, other)})
+        more = [f"{name.replace('_', ' ')} {shown(identity.get(name))}" for name in names]
+        found.append(", ".join([head[2], *more]))
+    return found
+
+
+def _place(run: Run, text: Any) -> str | None:
+    """Where a warm start lies, the same for every way to write it; the text itself where it is not there."""
+    if not isinstance(text, str):
+        return None
+    path = next((path for path in runs.candidates(run, text) if os.path.exists(path)), None)  # it raises on no text
+    return str(path.resolve()) if path else text
+
+
+def _warm_start(run: Run, found: list[Run]) -> tuple[str, float | None] | None:
+    """Name and error of the network that a run began with."""
+    place = _place(run, run.arguments.get("resume"))
+    if place is None:
+        return None
+    path = Path(place)
+    folder = path.parent if path.is_file() else path
+    start = next((other for other in found if other.folder.resolve() == folder), None) or runs.read(folder)
+    if start.problem or section_key(identity(start)) != section_key(identity(run)):
+        return runs.short_path(place), None  # of an unfinished run, or on other images: no figure that the run can be held against
+    if path.is_dir() or path.name == checkpoints.BEST:
+        return start.name, start.best_error
+    kept = re.fullmatch(r"checkpoint(?:_epoch_(\d+))?\.pth\.tar", path.name)
+    epoch = (int(kept[1]) if kept[1] else start.arguments["epochs"]) if kept else None
+    return runs.short_path(place), start.at(epoch, start.score)
+
+
+def _family(run: Run) -> tuple[Path, str]:
+    """Runs that were started as the seeds of one experiment have one folder and, less their number, one name."""
+    folder = run.folder.resolve()
+    return folder.parent, re.sub(r"_run_\d+$", "", folder.name)
+
+
+def _mismatched(groups: list[Group]) -> list[LeftOut]:
+    """Runs whose arguments are not those of most of their family. They have groups of their own and are in the tables."""
+    by_family: dict[tuple, Counter] = {}
+    for group in groups:
+        for run in group.runs:
+            if re.search(r"_run_\d+$", run.folder.resolve().name):
+                by_family.setdefault(_family(run), Counter())[group.number] += 1
+    found = []
+    for family, counts in by_family.items():
+        usual = groups[counts.most_common(1)[0][0] - 1]
+        for group in (groups[number - 1] for number in counts if number != usual.number):
+            names = differences(group.identity, usual.identity)
+            words = "; ".join(f"{n} {shown(group.identity.get(n))}, there {shown(usual.identity.get(n))}" for n in names)
+            reason = f"not as most of its family, which is group {usual.number}: {words}. In the tables it is group {group.number}"
+            found += [LeftOut(run, reason) for run in group.runs if _family(run) == family]
+    return found

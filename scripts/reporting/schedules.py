@@ -1,0 +1,63 @@
+"""A run's schedule in short words, for tables."""
+
+from typing import Any
+
+import quantize
+from reporting.runs import Run, short_path
+
+# Names in a group's identity of what ran, beside what was asked for.
+PRECISION, DATA, REGIME, STRENGTH = "precision that ran", "images that were read", "regime that ran", "strengths that ran"
+
+
+def schedule_text(run: Run, identity: dict[str, Any]) -> str:
+    """Length, freeze, batch size, regime, strength and precision in one line."""
+    epochs, freeze = identity["epochs"], identity["freeze_epoch"]
+    words = [f"{epochs} epochs" + (f" from {identity['start_epoch']}" if identity["start_epoch"] else "")]
+    if run.mode is not None:
+        words.append(f"freeze {freeze}" if 0 <= freeze < epochs else "no freeze")
+    words += [f"batch {identity['batch_size']}", regime_text(run)]
+    mode = quantize.MODES.get(run.mode)
+    if mode and mode.strength_grows:
+        words.append(f"reg_rate {shown(identity['reg_rate'])}")
+    elif mode and (identity[STRENGTH] or [1.0])[0] != 1.0:
+        words.append(f"binary_reg {shown(identity[STRENGTH][0])}")
+    words += [name for name in ("keep_optimizer_state", "adjust_reg") if identity.get(name)]
+    return ", ".join([*words, str(identity.get(PRECISION, "precision ?"))])
+
+
+def regime_text(run: Run) -> str:
+    """Optimizer and learning rates; ``0.01 -> 0.001@3`` changes when 3 epochs are trained."""
+    if run.regime is None:
+        rates, settings = _rates_of(run), []
+        return f"rate {rates} (no log says the optimizer)"
+    first, *later = sorted(run.regime)
+    start = run.regime[first]
+    rates = " -> ".join([shown(start.get("lr")), *(f"{shown(run.regime[e]['lr'])}@{e}" for e in later if "lr" in run.regime[e])])
+    settings = [
+        f"{name.replace('_', ' ')} {shown(value)}"
+        for name, value in sorted(start.items())
+        if name not in ("lr", "optimizer") and value
+    ]
+    settings += [
+        f"{name.replace('_', ' ')} {shown(value)}@{e}" for e in later for name, value in run.regime[e].items() if name != "lr"
+    ]
+    return ", ".join([f"{start.get('optimizer', 'SGD')} {rates}", *settings])
+
+
+def _rates_of(run: Run) -> str:
+    """Learning rates as results.csv has them."""
+    words, last = [], None
+    for row in run.rows:
+        rate = row.get("lr")
+        if rate != last:
+            words.append(shown(rate) + (f"@{int(row['epoch']) - 1}" if words else ""))
+        last = rate
+    return " -> ".join(words) or "?"
+
+
+def shown(value: Any) -> str:
+    """A value in a few characters."""
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = short_path(" ".join(str(value).split()))
+    return text if len(text) <= 60 else f"{text[:57]}..."
