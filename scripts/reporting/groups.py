@@ -53,7 +53,7 @@ def depth(run: Run) -> int:
 def method_of(mode: str | None) -> str:
     """A method's name as the tables have it."""
     found = quantize.FULL_PRECISION if mode is None else quantize.MODES.get(mode)
-    return found.title.split(":")[0] if found else mode
+    return found.title.split(":")[0] if found else " ".join(mode.split())
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,9 @@ def collect(found: list[Run]) -> tuple[list[Group], list[LeftOut]]:
         identities[key] = one
         same_seed = [other for other in sorted_runs.get(key, []) if other.arguments["seed"] == run.arguments["seed"]]
         if same_seed:
-            left_out.append(LeftOut(run, f"the same seed, {run.arguments['seed']}, and the same arguments as {same_seed[0].name}"))
+            left_out.append(
+                LeftOut(run, f"the same seed, {run.arguments['seed']}, and the same arguments as {same_seed[0].name}, which counts")
+            )
         else:
             sorted_runs.setdefault(key, []).append(run)
     order = sorted(sorted_runs, key=lambda key: _order(identities[key], sorted_runs[key][0]))
@@ -206,11 +208,11 @@ def _warm_start(run: Run, found: list[Run]) -> tuple[str, float | None] | None:
     if place is None:
         return None
     path = Path(place)
-    folder = path.parent if path.is_file() else path
+    folder = path.parent if os.path.isfile(path) else path
     start = next((other for other in found if other.folder.resolve() == folder), None) or runs.read(folder)
     if start.problem or section_key(identity(start)) != section_key(identity(run)):
         return runs.short_path(place), None  # of an unfinished run, or on other images: no figure that the run can be held against
-    if path.is_dir() or path.name == checkpoints.BEST:
+    if folder == path or path.name == checkpoints.BEST:
         return start.name, start.best_error
     kept = re.fullmatch(r"checkpoint(?:_epoch_(\d+))?\.pth\.tar", path.name)
     epoch = (int(kept[1]) if kept[1] else start.arguments["epochs"]) if kept else None

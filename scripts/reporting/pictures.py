@@ -1,6 +1,7 @@
 """The pictures: curves over epochs with a band over seeds, and strips of histograms. The same runs give the same bytes."""
 
 import io
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,9 +18,10 @@ from reporting import weights
 from reporting.families import Family, Line, families
 from reporting.tables import Note, Section
 
-plt.rcParams.update({"svg.hashsalt": "proxquant", "font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
-                     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 10,
-                     "axes.titlesize": 11, "figure.constrained_layout.use": True})  # fmt: skip
+plt.rcParams.update({"svg.hashsalt": "proxquant", "text.parse_math": False, "figure.constrained_layout.use": True,
+                     "font.size": 11, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
+                     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+                     "legend.fontsize": 10})  # fmt: skip
 _TICKS = (0.01, 0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100)  # percent
 
 
@@ -35,7 +37,7 @@ class Picture:
 def draw(section: Section, note: Note) -> Iterator[Picture]:
     """All pictures of a section."""
     for family in families(section):
-        name, title = f"{section.slug}_{family.name}", f"{section.title(note)}: {family.words}"
+        name, title = f"{section.slug}_{family.name}", textwrap.fill(f"{section.title(note)}: {family.words}", 80)
         yield Picture(
             f"{name}_errors",
             f"Top-1 error over epochs, hard-quantized and as the weights are (of BinaryConnect the same). {_SEEDS}",

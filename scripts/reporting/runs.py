@@ -75,7 +75,7 @@ class Run:
 
 
 def find(path: Path) -> list[Path]:
-    """The run folders at or below a path, and those of runs that left only their output; in order."""
+    """The run folders at or below a path, and those of runs that left only their output; the least deep first, then by name."""
     found = []
     for folder, folders, files in os.walk(path):
         if any(mark in files for mark in _MARKS):
@@ -83,7 +83,8 @@ def find(path: Path) -> list[Path]:
             folders.clear()  # what lies in a run's folder is the run's
         names = [match[1] for match in map(_LOST.fullmatch, files) if match]
         found += [Path(folder) / name for name in names if name not in folders]
-    return sorted(found, key=natural_order)
+    # Of two runs with one seed the first counts: rather the one in the experiment's folder than a copy somewhere below.
+    return sorted(found, key=lambda run: (len(run.parts), natural_order(run)))
 
 
 def natural_order(path: Path) -> list[tuple[int, str]]:
@@ -93,7 +94,7 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
 
 def read(folder: Path) -> Run:
     """Reads a run's folder; what is wrong with it is its ``problem``."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes any text for a name
         return Run(folder, problem="it never began: there is only its output, a .out file, and no folder")
     try:
         content = json.loads((folder / "args.json").read_text())

@@ -26,9 +26,10 @@ Note = Callable[[str], str | None]  # what is said of a data set beside its name
 
 @dataclass(frozen=True)
 class Section:
-    """Groups on the same images with the same network."""
+    """Groups on the same images with the same network; ``number`` tells apart sections of the same names."""
 
     groups: tuple[Group, ...]
+    number: int = 1
 
     def title(self, note: Note) -> str:
         """Data set and network in words."""
@@ -49,6 +50,7 @@ class Section:
         """For file names."""
         first = self.groups[0].identity
         words = f"{first['dataset']}_{first['model']}{self.depth}" + (f"_holdout_{first['holdout']}" if first["holdout"] else "")
+        words += f"_{self.number}" if self.number > 1 else ""
         return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "_-") else "-" for letter in words)
 
     @property
@@ -88,7 +90,12 @@ class Comparison:
 
 def sections(groups: Sequence[Group]) -> list[Section]:
     """The groups, which are in order, by section."""
-    return [Section(tuple(members)) for _, members in itertools.groupby(groups, key=lambda group: group.section)]
+    found: list[Section] = []
+    for _, members in itertools.groupby(groups, key=lambda group: group.section):
+        section = Section(tuple(members))
+        alike = sum(other.slug.startswith(section.slug) for other in found)
+        found.append(Section(section.groups, 1 + alike))
+    return found
 
 
 def compare(section: Section) -> list[Comparison]:

@@ -1,0 +1,576 @@
+"""The report: made-up run folders whose figures are known, through the real command line."""
+
+import csv
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+import checkpoints
+import runs as program_runs
+import tracking
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import report
+from reporting import families, groups, pictures, runs, statistics, tables, weights
+
+ERRORS = {
+    "lazy": {0: 19.5, 1: 19.1, 2: 19.4, 3: 19.9},
+    "prox": {0: 18.2, 1: 18.0, 2: 18.1, 3: 18.9},
+    "prox_ternary": {0: 17.4, 1: 17.9},
+}
+SIGNS = {"lazy": 0.26, "prox": 0.17, "prox_ternary": 0.29}
+START = 17.32  # best error of the warm start
+T_3 = 3.182446305284263  # Student's t, 97.5%, 3 degrees of freedom, from a textbook's table
+LAYERS = ("conv1.weight", "layer1.0.conv1.weight", "fc.weight")
+
+
+def make_run(
+    folder: Path, mode: str | None, seed: int, error: float, epochs: int = 6, rows: int | None = None, rate: float = 0.01, **more
+) -> Path:
+    """A run folder as the program writes it; ``more`` are further arguments."""
+    arguments = {"dataset": "cifar10", "model": "resnet", "model_config": {"depth": 20}, "epochs": epochs, "batch_size": 128,
+                 "freeze_epoch": 4 if mode else -1, "seed": seed, "projection_mode": mode, "resume": None, "optimizer": "Adam",
+                 "lr": rate, "regime": None, "reg_rate": 0.07 if mode and mode != "lazy" else 0.0, "binary_reg": 0.0,
+                 "precision": "auto", "results_dir": "results", "data_dir": "/somewhere/private/Datasets", "tb_dir": None,
+                 **more}  # fmt: skip
+    facts = {
+        "command": ["/home/someone/secret/main_binary_reg.py", "--save", folder.name, "--data_dir", "/home/someone/secret/Datasets",
+                    "--resume=/home/someone/results/fp_run_0", "--model_config", "{'depth': 20}", "--seed", str(seed)],
+        "versions": {"python": "3.11.7", "torch": "2.14.1"}, "device": "cpu, 1 threads", "git_revision": "abc1234",
+        "precision": "bf16",
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps({"arguments": arguments, **facts}))
+    (folder / "log.txt").write_text(
+        f"2026-01-01 00:00:00 run: x on cpu, bf16 (native), seed {seed}\n"
+        "2026-01-01 00:00:00 data: class folders in /somewhere/private/CIFAR10; 50000 training and 10000 validation images\n"
+        f"2026-01-01 00:00:00 regime: {{0: {{'optimizer': 'Adam', 'lr': {rate}}}, 3: {{'lr': {rate / 10}}}}}\n"
+    )
+    table = [row_after(epoch, epochs, mode, error, rate) for epoch in range(1, (epochs if rows is None else rows) + 1)]
+    write_rows(folder, table)
+    return folder
+
+
+def row_after(epoch: int, epochs: int, mode: str | None, error: float, rate: float) -> dict:
+    """A falling error that ends at ``error`` + 0.5 after its best, ``error``, one epoch before."""
+    now = error + (0.5 if epoch == epochs else 2.0 * (epochs - 1 - epoch))
+    row = {"epoch": epoch, "train_loss": 1.0, "val_loss": 1.1, "train_error1": 20.0, "val_error1": now, "train_error5": 1.0,
+           "val_error5": 1.0, "lr": rate if epoch <= 3 else rate / 10, "strength": 0.0, "seconds": 10.0}  # fmt: skip
+    if mode:
+        row |= {"val_loss_bin": 1.2, "val_error1_bin": now, "val_error1": now - 5, "val_error5_bin": 1.0, "binary": 0.5 / epoch}
+        row |= {"quant_error": 0.4, "sign_change": SIGNS[mode] + 0.01 * (epoch - 4)}
+        row["strength"] = 1.0 if mode == "lazy" else 0.07 * (epoch - 1)
+    return row
+
+
+def write_rows(folder: Path, rows: list[dict]) -> None:
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, program_runs.COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def make_events(folder: Path, continued: bool = False) -> np.ndarray:
+    """Histograms as the program writes them: of uniform weights at the start that have moved to the levels at the freeze."""
+    start = torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with tracking.Board(folder, 0) as board:
+        board.add_histograms(dict.fromkeys(LAYERS, start), 0)
+        board.add_histograms(dict.fromkeys(LAYERS, start * 0 + 0.3 if continued else start.sign()), 4)
+    if continued:  # from after epoch 2 on: what was written of epoch 4 before is of a process that was killed
+        with tracking.Board(folder / "later", 2) as board:
+            board.add_histograms(dict.fromkeys(LAYERS, start.sign()), 4)
+        shutil.move(next((folder / "later").iterdir()), folder / "events.out.tfevents.9999999999.later")
+    return start.numpy()
+
+
+def damage(folder: Path, name: str, content: str | bytes) -> Path:
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """Results as a study leaves them, with everything that can be amiss."""
+    root = tmp_path_factory.mktemp("place") / "results"
+    make_run(root / "fp_run_0", None, 0, START, epochs=8)
+    for mode, errors in ERRORS.items():
+        for seed, error in errors.items():
+            folder = make_run(root / f"{mode}_run_{seed}", mode, seed, error - 0.5, resume="results/fp_run_0")
+            make_events(folder / "tb")
+    make_run(root / "prox_run_4", "prox", 4, 30.0, resume="results/fp_run_0", rate=0.1)
+    make_run(root / "lazy_run_5", "lazy", 5, 90.0, rows=2, resume="results/fp_run_0")
+    make_run(root / "again" / "lazy", "lazy", 1, 91.0, resume="results/fp_run_0", results_dir="results/again")
+    make_run(root / "held_out", "prox", 0, 40.0, holdout=5000)
+    make_run(root / "deep" / "er" / "sample_8", "prox", 3, 50.0, dataset="sample", model_config={"depth": 8})
+    broken = row_after(2, 3, "prox", 18, 0.01) | {"val_loss": "nan"}
+    lost = make_run(root / "not_a_number", "prox", 6, 92.0, epochs=3, rows=1)
+    write_rows(lost, [row_after(1, 3, "prox", 18, 0.01), broken, row_after(3, 3, "prox", 18, 0.01)])
+    (make_run(root / "no_results", "prox", 7, 93.0) / "results.csv").unlink()
+    damage(make_run(root / "bad_args", "prox", 8, 94.0), "args.json", '{"arguments": {"dataset"')
+    damage(make_run(root / "bad_csv", "prox", 9, 95.0), "results.csv", "epoch,train_loss,val_loss,val_error1\n1,2,oops,3\n")
+    (root / "prox_run_10.out").write_text("Killed\n")
+    return root
+
+
+def run_report(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "report.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def out(study, tmp_path_factory) -> Path:
+    """The study's report."""
+    folder = tmp_path_factory.mktemp("out") / "new" / "folder"
+    done = run_report(study, "--out", folder, "--data_note", "cifar10=JPEG copy")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "14 of 21 runs in 7 groups" in done.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lines(out) -> list[dict[str, str]]:
+    with open(out / "report.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def line_of(lines: list[dict[str, str]], method: str, seeds: str) -> dict[str, str]:
+    (found,) = (line for line in lines if (line["method"], line["seeds"]) == (method, seeds))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "method"), [("lazy", "BinaryConnect"), ("prox", "ProxQuant-binary"), ("prox_ternary", "ProxQuant-ternary")]
+)
+def test_figures_of_a_group(lines, out, mode, method):
+    errors = np.array(list(ERRORS[mode].values()))
+    line = line_of(lines, method, " ".join(map(str, ERRORS[mode])))
+    assert float(line["final_error_mean"]) == pytest.approx(errors.mean())
+    assert float(line["final_error_std"]) == pytest.approx(errors.std(ddof=1))
+    assert [float(word) for word in line["final_errors"].split()] == pytest.approx(errors)
+    assert float(line["best_error_mean"]) == pytest.approx(errors.mean() - 0.5)
+    assert line["warm_start"] == "results/fp_run_0"
+    assert float(line["warm_start_error"]) == pytest.approx(START)
+    assert float(line["gap"]) == pytest.approx(errors.mean() - START)
+    assert float(line["sign_change_at_freeze_percent_mean"]) == pytest.approx(100 * SIGNS[mode])
+    assert float(line["binary_before_freeze_mean"]) == pytest.approx(0.125)
+    assert float(line["paper_error"]) == {"lazy": 9.54, "prox": 9.35, "prox_ternary": 8.40}[mode]
+    assert line["data_note"] == "JPEG copy"
+    assert line["n"] == str(len(errors))
+    if len(errors) == 4:
+        assert float(line["final_error_half_width_95"]) == pytest.approx(T_3 * errors.std(ddof=1) / 2)
+    else:
+        assert line["final_error_half_width_95"] == ""
+    words = (out / "report.md").read_text()
+    assert f"{errors.mean():.2f} ({errors.std(ddof=1):.2f}, n={len(errors)})" in words
+
+
+def test_one_seed_has_no_spread(lines, out):
+    line = line_of(lines, "ProxQuant-binary", "4")
+    assert float(line["final_error_mean"]) == pytest.approx(30.5)
+    assert line["final_error_std"] == ""
+    assert "| 30.50 (n=1) |" in (out / "report.md").read_text()
+
+
+def test_groups_are_those_of_equal_arguments(lines):
+    found = {(line["data_set"], line["depth"], line["method"], line["holdout"], line["seeds"]) for line in lines}
+    assert found == {
+        ("cifar10", "20", "full precision", "0", "0"),
+        ("cifar10", "20", "BinaryConnect", "0", "0 1 2 3"),
+        ("cifar10", "20", "ProxQuant-binary", "0", "0 1 2 3"),
+        ("cifar10", "20", "ProxQuant-binary", "0", "4"),
+        ("cifar10", "20", "ProxQuant-ternary", "0", "0 1"),
+        ("cifar10", "20", "ProxQuant-binary", "5000", "0"),
+        ("sample", "8", "ProxQuant-binary", "0", "3"),
+    }
+    assert len(lines) == len(found)
+    schedule = line_of(lines, "ProxQuant-binary", "0 1 2 3")["schedule"]
+    assert schedule == "6 epochs, freeze 4, batch 128, Adam 0.01 -> 0.001@3, reg_rate 0.07, bf16"
+    assert "Adam 0.1 -> 0.01@3" in line_of(lines, "ProxQuant-binary", "4")["schedule"]
+    noted = {line["data_set"]: line["data_note"] for line in lines}
+    assert noted == {"cifar10": "JPEG copy", "sample": ""}
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        ("results/lazy_run_5", "unfinished: 2 of 6 epochs"),
+        ("again/lazy", "the same seed, 1, and the same arguments as results/lazy_run_1"),
+        ("results/not_a_number", "val_loss is not a number in epoch 2"),
+        ("results/no_results", "no results.csv"),
+        ("results/bad_args", "its args.json cannot be read"),
+        ("results/bad_csv", "its results.csv cannot be read: line 2 has no number in val_loss"),
+        ("results/prox_run_10", "it never began"),
+        ("results/prox_run_4", "not as most of its family"),
+    ],
+)
+def test_what_is_amiss_is_listed(out, run, reason):
+    listed = (out / "report.md").read_text().split("## Left out")[1].splitlines()
+    (line,) = (line for line in listed if line.startswith(f"| {run} |"))
+    assert reason in line
+    if "family" in reason:
+        assert "lr 0.1, there 0.01" in line
+
+
+def test_what_is_amiss_is_in_no_mean(out, lines):
+    assert not any(float(error) > 60 for line in lines for error in line["final_errors"].split())
+    assert (out / "report.md").read_text().split("## Left out")[1].count("\n| ") == 2 + 8
+
+
+def test_paired_differences(out):
+    with open(out / "report_comparisons.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    by_pair = {(one["quantity"], one["first_method"], one["second_method"], one["shared_seeds"]): one for one in found}
+    one = by_pair["final error", "ProxQuant-binary", "BinaryConnect", "4"]
+    differences = np.array([ERRORS["prox"][seed] - ERRORS["lazy"][seed] for seed in range(4)])
+    half = T_3 * differences.std(ddof=1) / math.sqrt(4)
+    assert float(one["first_minus_second"]) == pytest.approx(differences.mean())
+    assert float(one["low_95"]) == pytest.approx(differences.mean() - half)
+    assert float(one["high_95"]) == pytest.approx(differences.mean() + half)
+    assert one["same_schedule"] == "True"
+    assert one["verdict"].startswith("ProxQuant-binary")
+    few = by_pair["final error", "ProxQuant-ternary", "BinaryConnect", "2"]
+    assert (few["verdict"], few["low_95"]) == ("too few seeds to say", "")
+    assert float(few["first_minus_second"]) == pytest.approx((17.4 - 19.5 + 17.9 - 19.1) / 2)
+    signs = by_pair["sign changes", "ProxQuant-binary", "BinaryConnect", "4"]
+    assert float(signs["first_minus_second"]) == pytest.approx(-9)
+    other = by_pair["final error", "ProxQuant-binary", "BinaryConnect", "0"]  # seed 4 of the other schedule has no partner
+    assert (other["same_schedule"], other["first_minus_second"]) == ("False", "")
+    # Held-out images and another data set are never set against the test set of CIFAR-10.
+    assert len(found) == 4 * 3 // 2 + 3
+
+
+def test_verdicts():
+    assert statistics.paired({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.0, 1: 3.0, 2: 2.9}).shown is False
+    assert statistics.paired({0: 1.0, 1: 2.0, 2: 3.0}, {0: 0.0, 1: 1.1, 2: 2.05}).shown is True
+    assert statistics.paired({0: 1.0, 1: 2.0}, {0: 0.0, 1: 1.0}).shown is False
+    assert statistics.paired({0: 1.0}, {1: 1.0}) == statistics.Difference(0)
+    assert statistics.spread([]) is None
+    assert statistics.spread([3.0]) == statistics.Spread(3.0, None, 1)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "expected"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (10, 2.228), (30, 2.042), (120, 1.980)],
+)
+def test_t_quantiles_are_those_of_the_books(degrees, expected):
+    assert statistics.t_quantile(degrees) == pytest.approx(expected, abs=5e-4)
+
+
+def test_t_distribution():
+    assert statistics.t_quantile(3, 0.99) == pytest.approx(5.841, abs=5e-4)
+    assert statistics.t_within(1.0, 1) == pytest.approx(0.5)  # Cauchy
+    samples = np.random.default_rng(0).standard_t(7, 200_000)
+    assert statistics.t_within(1.5, 7) == pytest.approx(np.mean(np.abs(samples) <= 1.5), abs=0.005)
+
+
+def test_the_text(out, study):
+    words = (out / "report.md").read_text()
+    order = ["# Report", "how sure", "## Before you believe it", "on the test set", "start from the same full-precision",
+             "not symmetric", "final error %", "The paper's table", "Hardware", "abc1234", "## Commands", "## Left out"]  # fmt: skip
+    places = [words.index(word) for word in order]
+    assert places == sorted(places)
+    assert "cifar10 (JPEG copy), ResNet-20" in words
+    assert "| ResNet-56 | the paper's | 6.54 | 7.97 (0.22) | 7.70 (0.06) | 6.44 | 6.71 (0.20) |" in words
+    assert "--data_dir secret/Datasets --resume=results/fp_run_0 --model_config \"{'depth': 20}\" --seed 0" in words
+    assert "    python main_binary_reg.py --save" in words
+    for path in out.iterdir():
+        content = path.read_bytes()
+        assert b"/somewhere" not in content
+        assert b"/home" not in content
+        assert str(study.parent).encode() not in content
+
+
+def test_the_papers_table_is_the_contracts():
+    """As METHOD.md, part 8, and the README have them."""
+    assert tables.PAPER[20] == ((8.06, None), (9.54, 0.03), (9.35, 0.13), (8.87, None), (8.40, 0.13))
+    readme = (ROOT / "README.md").read_text()
+    for method, figure in zip(tables.PAPER_METHODS, tables.PAPER[20], strict=True):
+        if method != "TTQ":
+            assert any(line.startswith(f"| {method}") and tables.mean_std(figure) in line for line in readme.splitlines()), method
+
+
+def test_pictures(out):
+    words = (out / "report.md").read_text()
+    files = {path.name for path in out.iterdir()}
+    for kind in ("errors", "levels", "signs", "weights"):
+        name = f"cifar10_resnet20_shared_6_epochs_{kind}"
+        assert f"]({name}.png)" in words
+        assert f"]({name}.svg)" in words
+        assert {f"{name}.png", f"{name}.svg"} <= files
+    assert "sample_resnet8_own_6_epochs_errors.png" in files
+    assert "cifar10_resnet20_holdout_5000_own_6_epochs_errors.png" in files
+    for path in out.glob("*.png"):
+        with Image.open(path) as image:
+            assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(2**24)) > 20, "an empty picture"
+    for path in out.glob("*.svg"):
+        assert path.read_text().startswith("<?xml")
+        assert path.read_text().rstrip().endswith("</svg>")
+
+
+def test_the_same_runs_give_the_same_bytes(study, out, tmp_path):
+    done = run_report(study / "lazy_run_0", study, "--out", tmp_path, "--data_note", "cifar10=JPEG copy")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in out.iterdir()}
+    for path in out.iterdir():
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def test_bad_input(tmp_path):
+    (tmp_path / "empty").mkdir()
+    make_run(tmp_path / "good" / "run", "prox", 0, 20.0)
+    for bad in ("nowhere", "empty"):
+        done = run_report(tmp_path / "good", tmp_path / bad, "--out", tmp_path / "out")
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        assert str(tmp_path / bad) in done.stderr
+        assert not (tmp_path / "out").exists()
+
+
+def test_out_that_cannot_be_written(tmp_path, capsys):
+    make_run(tmp_path / "run", "prox", 0, 20.0)
+    (tmp_path / "file").write_text("kept")
+    assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def collected(*folders: Path) -> tuple[list[groups.Group], list[groups.LeftOut]]:
+    return groups.collect([runs.read(folder) for folder in folders])
+
+
+@pytest.mark.parametrize(
+    ("difference", "apart"),
+    [
+        ({"data_dir": "elsewhere", "workers": 3, "print_freq": 7, "checkpoint_minutes": 1.0, "save_all": True, "gpus": [3]}, False),
+        ({"holdout": 0}, False),
+        ({"holdout": None}, False),
+        ({"compile": "auto"}, False),
+        ({"holdout": 500}, True),
+        ({"a_flag_to_come": 3}, True),
+        ({"keep_optimizer_state": True}, True),
+        ({"batch_size": 64}, True),
+        ({"freeze_epoch": 3}, True),
+        ({"reg_rate": 0.08}, True),
+        ({"resume": "another"}, True),
+        ({"model_config": {"depth": 32}}, True),
+        ({"model_config": {}}, False),
+    ],
+)
+def test_which_arguments_set_groups_apart(tmp_path, difference, apart):
+    first = make_run(tmp_path / "a", "prox", 0, 20.0)
+    second = make_run(tmp_path / "b", "prox", 1, 21.0, **difference)
+    found, left_out = collected(first, second)
+    assert len(found) == 1 + apart
+    assert not left_out
+    schedules = [group.schedule for group in found if group.section == found[0].section]
+    assert len(set(schedules)) == len(schedules), "two groups cannot be told apart"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("'lr': 0.01}", "'lr': 0.01, 'weight_decay': 0.1}"),  # typed or not, the arguments can be the same
+        ("50000 training", "45000 training"),
+    ],
+)
+def test_what_ran_sets_groups_apart(tmp_path, old, new):
+    first, second = (make_run(tmp_path / name, "prox", seed, 20.0) for seed, name in enumerate("ab"))
+    log = (second / "log.txt").read_text()
+    assert old in log
+    (second / "log.txt").write_text(log.replace(old, new))
+    assert len(collected(first, second)[0]) == 2
+
+
+def test_precision_that_ran_sets_groups_apart(tmp_path):
+    first, second = (make_run(tmp_path / name, "prox", seed, 20.0) for seed, name in enumerate("ab"))
+    (second / "args.json").write_text((second / "args.json").read_text().replace("bf16", "fp32"))
+    assert sorted(group.schedule[-4:] for group in collected(first, second)[0]) == ["bf16", "fp32"]
+
+
+def test_a_warm_start_that_cannot_be_known(tmp_path, out):
+    gone = make_run(tmp_path / "gone", "prox", 0, 20.0, resume="/nowhere/fp_run_0")
+    unfinished = make_run(tmp_path / "fp", None, 0, 20.0, rows=2)
+    began = make_run(tmp_path / "began", "prox", 0, 20.0, resume=str(unfinished))
+    other = make_run(tmp_path / "held_out", None, 0, 20.0, holdout=5)
+    held = make_run(tmp_path / "held", "prox", 0, 20.0, resume=str(other))
+    for folder in (gone, began, held):
+        (group,) = collected(folder)[0]
+        assert group.warm_start[1] is None
+        assert "| ? (" in tables.error_table(tables.Section((group,)))
+
+
+def test_a_checkpoint_as_warm_start(tmp_path):
+    start = make_run(tmp_path / "fp", None, 0, 17.0, epochs=3)
+    for name, expected in (("model_best.pth.tar", 17.0), ("checkpoint.pth.tar", 17.5), ("checkpoint_epoch_1.pth.tar", 19.0)):
+        (start / name).write_bytes(b"")
+        (group,) = collected(make_run(tmp_path / f"from_{name}", "prox", 0, 20.0, resume=str(start / name)))[0]
+        assert group.warm_start[1] == pytest.approx(expected)
+
+
+def test_pictures_families(tmp_path):
+    """Methods under one schedule are drawn together; what each ran under its own schedule, by like length."""
+
+    def make(name, mode, **more):
+        return make_run(tmp_path / name, mode, 0, 20.0, **more)
+
+    shared = [make("a", "lazy"), make("b", "prox"), make("c", "prox_ternary")]
+    own = [
+        make("d", "lazy", rate=0.1),
+        make("e", "prox", rate=0.2),
+        make("f", "prox_ternary", epochs=12),
+        make("g", "prox", epochs=40),
+    ]
+    (section,) = tables.sections(collected(*shared, *own)[0])
+    drawn = families.families(section)
+    found = {family.name: sorted(line.group.runs[0].folder.name for line in family.lines) for family in drawn}
+    assert found == {"shared_6_epochs": ["a", "b", "c"], "own_6_to_12_epochs": ["d", "e", "f"], "own_40_epochs": ["g"]}
+
+
+def test_sections_do_not_share_files(tmp_path):
+    first, second = (make_run(tmp_path / name, "prox", 0, 20.0) for name in "ab")
+    (second / "log.txt").write_text((second / "log.txt").read_text().replace("50000 training", "45000 training"))
+    found = tables.sections(collected(first, second)[0])
+    assert len({section.slug for section in found}) == 2
+
+
+def test_bands_are_the_range_over_the_seeds(tmp_path):
+    folders = [make_run(tmp_path / str(seed), "prox", seed, error) for seed, error in enumerate((20.0, 21.0, 26.0))]
+    (section,) = tables.sections(collected(*folders)[0])
+    ((line,),) = (family.lines for family in families.families(section))
+    epochs, mean, least, greatest = line.values("val_error1_bin")
+    assert list(epochs) == [1, 2, 3, 4, 5, 6]
+    for curve, value in ((mean, 67 / 3), (least, 20.0), (greatest, 26.0)):
+        assert curve == pytest.approx(value + np.array([8, 6, 4, 2, 0, 0.5]))
+    assert line.values("sign_change", factor=100)[1][3] == pytest.approx(17)
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_histograms_of_tensorboard(tmp_path, continued):
+    folder = make_run(tmp_path / "results" / "short" / "run", "prox", 0, 20.0, results_dir="./results/short", tb_dir="tb/short/run")
+    start = make_events(tmp_path / "tb" / "short" / "run", continued)
+    run = runs.read(folder)
+    assert weights.layers(run) == list(LAYERS)
+    found = weights.shares(run, LAYERS[1], 4)
+    assert list(found) == [0, 4]
+    expected = 100 * np.histogram(start, weights.EDGES)[0] / len(start)
+    assert np.abs(found[0] - expected).max() < 0.5
+    assert found[4][0] == pytest.approx(100 * np.mean(start < 0))
+    assert found[4][-1] == pytest.approx(100 * np.mean(start > 0))
+    assert weights.shares(run, LAYERS[1], 3).keys() == {0}
+
+
+def test_histograms_of_checkpoints(tmp_path):
+    folder = make_run(tmp_path / "run", "lazy", 0, 20.0)
+    random = torch.Generator().manual_seed(1)
+    latent = {epoch: torch.randn(500, generator=random) * epoch / 4 for epoch in range(1, 5)}
+    for epoch, weight in latent.items():
+        kept = {"fc.weight": weight} if epoch > 1 else {}  # where the latent weights are the model's own
+        content = {"state_dict": {"fc.weight": weight.sign() if epoch > 1 else weight}, "optimizer": {"latent": kept}}
+        checkpoints.save(folder / f"checkpoint_epoch_{epoch}.pth.tar", content)
+    damage(folder, "checkpoint_epoch_3.pth.tar", b"damaged")
+    checkpoints.save(folder / checkpoints.LATEST, {"state_dict": {}, "start_signs": {"fc.weight": torch.ones(1)}})
+    run = runs.read(folder)
+    assert weights.layers(run) == ["fc.weight"]
+    found = weights.shares(run, "fc.weight", 4)
+    assert list(found) == [1, 2, 4]
+    for epoch, share in found.items():
+        expected = np.histogram(latent[epoch].clamp(-1, 1).numpy(), weights.EDGES)[0] / 5
+        assert share == pytest.approx(expected)
+
+
+ODD = (
+    b"", b"\0\xff\xfe", b"[]", b"{}", b"null", b'{"arguments": []}', b'{"arguments": {}}', b'{"arguments": {"epochs": "six"}}',
+    b"[" * 5000,
+    b"epoch\n1\n", b"epoch,train_loss,val_loss,val_error1,val_error1_bin\n1,,,,\n2,1,1,1,1\n", b"1,2,3\n,,,,,,,,\n", b'"\n' * 9,
+    b"2026-01-01 00:00:00 regime: {0: 3}\n2026-01-01 00:00:00 data: x\n2026-01-01 00:00:00 run: y\n",
+    b"2026-01-01 00:00:00 regime: {0: {1: 2, 'lr': {3}}}\n", b"2026-01-01 00:00:00 regime: {0: {'lr': None}, 1: {'lr': 'x|y'}}\n",
+    b"\x07" * 40, b"\x10\0\0\0\0\0\0\0" * 9,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["args.json", "results.csv", "log.txt", "tb/events.out.tfevents.0.x", "checkpoint_epoch_2.pth.tar"]
+)
+def test_no_content_of_a_folder_ends_in_a_traceback(tmp_path, name):
+    """Each damaged run is told in the list or counted; the sound one beside it is counted always."""
+    made = []
+    for number, content in enumerate(ODD):
+        folder = make_run(tmp_path / f"run_{number}", "prox", number, 20.0)
+        (folder / "tb").mkdir()
+        made.append(damage(folder, name, content))
+    sound = make_run(tmp_path / "sound", "prox", 1000, 20.0)
+    found, left_out = collected(*made, sound)
+    counted = {run.folder for group in found for run in group.runs}
+    assert counted | {one.run.folder for one in left_out} == {*made, sound}
+    assert sound in counted
+    if name in ("args.json", "results.csv"):
+        assert counted == {sound}
+    else:
+        assert not left_out
+    for section in tables.sections(found):
+        tables.error_table(section)
+        for group in section.groups:
+            for run in group.runs:
+                weights.layers(run)
+                weights.shares(run, "fc.weight", 4)
+
+
+@pytest.mark.parametrize("value", [None, True, -3, 1e400, "../..", "a\0b", "x" * 5000, [1], {"a": [None]}, "| x |\n# y"])
+def test_no_argument_ends_in_a_traceback(tmp_path, value, monkeypatch):
+    """An argument of another kind than the flag's: nobody's run, but its folder may lie among the others."""
+    monkeypatch.setattr(pictures, "draw", lambda section, note: [])  # they show none of it
+    names = ("resume", "results_dir", "tb_dir", "lr", "reg_rate", "regime", "start_epoch", "model", "dataset", "projection_mode",
+             "freeze_epoch", "epochs", "seed", "model_config", "batch_size", "holdout", "a_flag_to_come")  # fmt: skip
+    for number, name in enumerate(names):
+        make_run(tmp_path / f"run_{number}", "prox", number, 20.0)
+        path = tmp_path / f"run_{number}" / "args.json"
+        content = json.loads(path.read_text())
+        content["arguments"][name] = value
+        path.write_text(json.dumps({**content, "command": value, "versions": value, "device": value, "continued": value}))
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    for number in range(len(names)):
+        weights.shares(runs.read(tmp_path / f"run_{number}"), "fc.weight", 4)
+    words = (tmp_path / "out" / "report.md").read_text()
+    for number in range(len(names)):
+        assert f"/run_{number}" in words
+    assert "\n# y" not in words
+
+
+def test_strange_figures_are_drawn(tmp_path):
+    """No error at all, one epoch alone, a freeze at the end, a loss beyond all numbers before the freeze."""
+    perfect = make_run(tmp_path / "perfect", "prox", 0, 0.0, epochs=2, freeze_epoch=2)
+    row = row_after(1, 1, "lazy", 0.0, 0.01) | {"val_error1": 0.0, "val_error1_bin": 0.0, "val_loss_bin": "inf"}
+    one = make_run(tmp_path / "one", "lazy", 0, 0.0, epochs=1, freeze_epoch=0)
+    write_rows(one, [row])
+    write_rows(perfect, [{**row_after(epoch, 2, "prox", 0, 0.01), "val_error1": 0.0, "val_error1_bin": 0.0} for epoch in (1, 2)])
+    done = run_report(tmp_path, "--out", tmp_path / "out")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 of 2 runs" in done.stdout
+
+
+def test_words_are_not_read_as_formulas(tmp_path):
+    make_run(tmp_path / "run", "prox", 0, 20.0)
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out"), "--data_note", "for $5, | 3% of \\frac$ \n# it"]) == 0
+    assert r"(for $5, \| 3% of \frac$ # it)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_only_unfinished_runs(tmp_path, capsys):
+    make_run(tmp_path / "run", "prox", 0, 20.0, rows=1)
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert "No run is finished yet" in (tmp_path / "out" / "report.md").read_text()
+    assert "unfinished: 1 of 6 epochs" in (tmp_path / "out" / "report.md").read_text()
+    assert "0 of 1 runs" in capsys.readouterr().out
