@@ -277,7 +277,8 @@ def test_t_distribution():
 def test_the_text(out, study):
     words = (out / "report.md").read_text()
     order = ["# Report", "how sure", "## Before you believe it", "on the test set", "start from the same full-precision",
-             "not symmetric", "final error %", "The paper's table", "Hardware", "abc1234", "## Commands", "## Left out"]  # fmt: skip
+             "not symmetric", "final error %", "The paper's table", "Hardware", "abc1234", "## Commands",
+             "## Left out"]  # fmt: skip
     places = [words.index(word) for word in order]
     assert places == sorted(places)
     assert "cifar10 (JPEG copy), ResNet-20" in words

@@ -93,7 +93,7 @@ def sections(groups: Sequence[Group]) -> list[Section]:
     found: list[Section] = []
     for _, members in itertools.groupby(groups, key=lambda group: group.section):
         section = Section(tuple(members))
-        alike = sum(other.slug.startswith(section.slug) for other in found)
+        alike = sum(Section(other.groups).slug == section.slug for other in found)
         found.append(Section(section.groups, 1 + alike))
     return found
 
