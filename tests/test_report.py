@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_main
 from PIL import Image
 
 import checkpoints
@@ -81,12 +81,14 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
 
 
 def make_events(folder: Path, continued: bool = False) -> np.ndarray:
-    """Histograms as the program writes them: of uniform weights at the start that have moved to the levels at the freeze."""
-    start = torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    """Histograms as the program writes them: weights that lie evenly at first, some beyond 1, are at the levels at the freeze."""
+    start = torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
     with tracking.Board(folder, 0) as board:
         board.add_histograms(dict.fromkeys(LAYERS, start), 0)
-        board.add_histograms(dict.fromkeys(LAYERS, start * 0 + 0.3 if continued else start.sign()), 4)
-    if continued:  # from after epoch 2 on: what was written of epoch 4 before is of a process that was killed
+        if continued:
+            board.add_histograms(dict.fromkeys(LAYERS, start * 0 + 0.3), 3)
+        board.add_histograms(dict.fromkeys(LAYERS, start.sign()), 4)
+    if continued:  # after epoch 2: what was written of epochs 3 and 4 is of a process that was killed
         with tracking.Board(folder / "later", 2) as board:
             board.add_histograms(dict.fromkeys(LAYERS, start.sign()), 4)
         shutil.move(next((folder / "later").iterdir()), folder / "events.out.tfevents.9999999999.later")
@@ -349,6 +351,31 @@ def test_out_that_cannot_be_written(tmp_path, capsys):
     assert (tmp_path / "file").read_text() == "kept"
 
 
+def test_runs_of_the_program(tmp_path, tiny_data):
+    """What the program writes is what the report reads."""
+    common = ("--data_dir", tiny_data, "--model_config", "{'depth': 8}", "--precision", "fp32", "--batch-size", 40)
+    run_main(*common, "--save", "fp_run_0", "--epochs", 1, cwd=tmp_path)
+    more = ("--projection_mode", "prox", "--reg_rate", 0.5, "--optimizer", "Adam", "--lr", 0.01, "--epochs", 3, "--freeze_epoch", 2)
+    run_main(*common, *more, "--save", "prox_run_0", "--resume", "results/fp_run_0", "--tb_dir", "tb/prox_run_0", cwd=tmp_path)
+    done = run_report(cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    out = tmp_path / "results" / "report"
+    with open(out / "report.csv", newline="") as file:
+        start, line = csv.DictReader(file)
+    with open(tmp_path / "results" / "prox_run_0" / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert float(line["final_error_mean"]) == float(rows[2]["val_error1_bin"])
+    assert float(line["sign_change_at_freeze_percent_mean"]) == pytest.approx(100 * float(rows[1]["sign_change"]))
+    assert line["warm_start_error"] == start["best_error_mean"]
+    assert line["schedule"] == "3 epochs, freeze 2, batch 40, Adam 0.01, reg_rate 0.5, fp32"
+    assert start["schedule"].startswith(
+        "1 epochs, batch 40, SGD 0.1 -> 0.01@100 -> 0.001@150, momentum 0.9, weight decay 0.0001, fp32"
+    )
+    assert line["data"] == "class folders; 80 training and 30 validation images"
+    assert (out / "cifar10_resnet8_own_3_epochs_weights.png").exists()
+    assert "Nothing: every run folder" in (out / "report.md").read_text()
+
+
 def collected(*folders: Path) -> tuple[list[groups.Group], list[groups.LeftOut]]:
     return groups.collect([runs.read(folder) for folder in folders])
 
@@ -467,7 +494,7 @@ def test_histograms_of_tensorboard(tmp_path, continued):
     assert weights.layers(run) == list(LAYERS)
     found = weights.shares(run, LAYERS[1], 4)
     assert list(found) == [0, 4]
-    expected = 100 * np.histogram(start, weights.EDGES)[0] / len(start)
+    expected = 100 * np.histogram(start.clip(-1, 1), weights.EDGES)[0] / len(start)
     assert np.abs(found[0] - expected).max() < 0.5
     assert found[4][0] == pytest.approx(100 * np.mean(start < 0))
     assert found[4][-1] == pytest.approx(100 * np.mean(start > 0))
