@@ -37,7 +37,7 @@ class Picture:
 def draw(section: Section, note: Note) -> Iterator[Picture]:
     """All pictures of a section."""
     for family in families(section):
-        name, title = f"{section.slug}_{family.name}", textwrap.fill(f"{section.title(note)}: {family.words}", 80)
+        name, title = f"{section.slug}_{family.name}", f"{textwrap.fill(section.title(note), 90)}\n{family.words}"
         yield Picture(
             f"{name}_errors",
             f"Top-1 error over epochs, hard-quantized and as the weights are (of BinaryConnect the same). {_SEEDS}",
@@ -91,7 +91,7 @@ def _over_epochs(axes: Axes, family: Family, words: str) -> None:
 
 
 def _draw_errors(section: Section, family: Family, title: str) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure, axes = plt.subplots(figsize=(8, 5.4))
     for line in family.lines:
         if line.group.mode is None:
             _curve(axes, line, "val_error1", floor=_TICKS[0])
@@ -113,31 +113,31 @@ def _draw_errors(section: Section, family: Family, title: str) -> Figure:
     axes.yaxis.set_major_formatter(ScalarFormatter())
     _over_epochs(axes, family, "top-1 validation error (%)")
     axes.set_title(title)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
 def _draw_levels(family: Family, title: str) -> Figure:
-    figure, both = plt.subplots(1, 2, figsize=(11, 4.4))
+    figure, both = plt.subplots(1, 2, figsize=(11, 4.9))
     words = {"binary": "mean distance of |w| from 1", "quant_error": "quantization error ‖w - Q(w)‖ / ‖w‖"}
     for axes, column in zip(both, words, strict=True):
         for line in family.lines:
             _curve(axes, line, column)
         axes.set_ylim(bottom=0)
         _over_epochs(axes, family, words[column])
-    both[0].legend()
+    figure.legend(*both[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(title, fontsize=11)
     return figure
 
 
 def _draw_signs(family: Family, title: str) -> Figure:
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    figure, axes = plt.subplots(figsize=(8, 4.9))
     for line in family.lines:
         _curve(axes, line, "sign_change", factor=100)
     axes.set_ylim(0, 1.08 * axes.get_ylim()[1])  # room for the word at the freeze
     _over_epochs(axes, family, "signs changed since the start (%, mean over layers)")
     axes.set_title(title)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 

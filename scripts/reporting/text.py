@@ -91,21 +91,18 @@ def answer(
     """What the runs show, in one minute."""
     if not sections:
         return "No run is finished yet: there is nothing to report but the list at the end."
-    rows = []
-    for section in sections:
+    parts = ["Top-1 validation error of the final network (hard-quantized where a method quantizes), mean over seeds."]
+    for section, pairs in zip(sections, comparisons, strict=True):
+        rows = []
         for group in section.groups:
             final = group.spread(group.final_errors())
             paper = tables.mean_std(tables.paper_figure(section, group))
-            rows.append([group.number, section.title(note), group.method, f"{final.mean:.2f}", doubt(final), paper, group.schedule])
-    heads = ("#", "data and network", "method", "error %", "how sure", "the paper's, on CIFAR-10", "schedule")
-    parts = [
-        "Top-1 validation error of the final network (hard-quantized where a method quantizes), mean over seeds:",
-        tables.table(heads, rows),
-        *filter(None, (_verdicts(section, pairs, note) for section, pairs in zip(sections, comparisons, strict=True))),
-    ]
+            rows.append([group.number, group.method, f"{final.mean:.2f}", doubt(final), paper, group.schedule])
+        heads = ("#", "method", "error %", "how sure", "the paper's, on CIFAR-10 at 300 (ternary: 600) epochs", "schedule")
+        parts += [f"**{section.title(note)}**", tables.table(heads, rows), _verdicts(section, pairs)]
     if left_out:
         parts.append(f"Left out, or not as it should be: {len(left_out)} of the runs. The last list says which and why.")
-    return "\n\n".join(part.rstrip() for part in parts)
+    return "\n\n".join(part.rstrip() for part in parts if part)
 
 
 def doubt(found: Spread) -> str:
@@ -115,13 +112,13 @@ def doubt(found: Spread) -> str:
     return f"± {found.half_width:.2f} (95% interval, {found.n} seeds)"
 
 
-def _verdicts(section: Section, pairs: Sequence[Comparison], note: Note) -> str:
+def _verdicts(section: Section, pairs: Sequence[Comparison]) -> str:
     """Methods against each other inside a picture's family: under one schedule, or each under its own of like length."""
     together = [{line.group.number for line in family.lines} for family in families(section)]
     chosen = [one for one in pairs if one.first.mode != one.second.mode]
     chosen = [one for one in chosen if any({one.first.number, one.second.number} <= numbers for numbers in together)]
-    lines = [f"- {_sentence(one)}" for one in chosen]
-    return "\n".join([f"{section.title(note)}, A minus B over shared seeds:", "", *lines]) if lines else ""
+    lines = [f"- {_sentence(one)}" for one in sorted(chosen, key=lambda one: not one.alike)]
+    return "\n".join(["One group minus the other, over the seeds that both have:", "", *lines]) if lines else ""
 
 
 def _sentence(one: Comparison) -> str:
