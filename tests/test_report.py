@@ -423,10 +423,15 @@ def test_what_ran_sets_groups_apart(tmp_path, old, new):
     assert len(collected(first, second)[0]) == 2
 
 
-def test_precision_that_ran_sets_groups_apart(tmp_path):
-    first, second = (make_run(tmp_path / name, "prox", seed, 20.0) for seed, name in enumerate("ab"))
-    (second / "args.json").write_text((second / "args.json").read_text().replace("bf16", "fp32"))
-    assert sorted(group.schedule[-4:] for group in collected(first, second)[0]) == ["bf16", "fp32"]
+@pytest.mark.parametrize(
+    ("fact", "values", "words"), [("precision", ("bf16", "fp32"), "fp32"), ("processes", (1, 4), "4 processes")]
+)
+def test_facts_set_groups_apart(tmp_path, fact, values, words):
+    for name, value in zip("ab", values, strict=True):
+        path = make_run(tmp_path / name, "prox", ord(name), 20.0) / "args.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), fact: value}))
+    found = collected(tmp_path / "a", tmp_path / "b")[0]
+    assert [words in group.schedule for group in found] == [False, True]
 
 
 def test_a_warm_start_that_cannot_be_known(tmp_path, out):

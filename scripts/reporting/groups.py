@@ -17,7 +17,7 @@ import quantize
 import regimes
 from reporting import runs
 from reporting.runs import Run
-from reporting.schedules import DATA, PRECISION, REGIME, STRENGTH, schedule_text, shown
+from reporting.schedules import DATA, PRECISION, PROCESSES, REGIME, STRENGTH, schedule_text, shown
 from reporting.statistics import Spread, spread
 
 # What may differ inside a group: the seed, where things lie, and what changes no number.
@@ -30,7 +30,7 @@ DEFAULTS = vars(cli.build_parser(**_NAMES).parse_args([]))
 def identity(run: Run) -> dict[str, Any]:
     """All that two runs of one group have in common, by name."""
     # A flag that is newer than the run had its default's effect.
-    arguments = {**DEFAULTS, "holdout": 0, **run.arguments}
+    arguments = {**DEFAULTS, **run.arguments}
     kept = {name: value for name, value in arguments.items() if name not in FREE}
     kept["holdout"] = kept["holdout"] or 0
     kept["model_config"] = {**kept["model_config"], "depth": depth(run)}
@@ -38,9 +38,10 @@ def identity(run: Run) -> dict[str, Any]:
     if run.facts.get("precision"):
         kept[PRECISION] = run.facts["precision"]
         del kept["precision"]
+    kept[PROCESSES] = run.facts.get("processes", 1)
     kept[DATA] = run.data
     kept[REGIME] = run.regime or sorted({row.get("lr") or 0 for row in run.rows})
-    # From 0 up, as read: a strength that was typed and one that was a default can look alike among the arguments.
+    # A rate that was typed and a default can look alike among the arguments and still act differently.
     kept[STRENGTH] = [row.get("strength") for row in run.rows]
     return json.loads(json.dumps(kept, sort_keys=True, default=str))
 
@@ -104,7 +105,18 @@ class Group:
     @property
     def same_schedule(self) -> str:
         """Equal for groups whose epochs, freeze, batch size, regime and precision are equal."""
-        names = ("epochs", "start_epoch", "freeze_epoch", "batch_size", "keep_optimizer_state", "resume", REGIME, PRECISION)
+        names = (
+            "epochs",
+            "start_epoch",
+            "freeze_epoch",
+            "batch_size",
+            "keep_optimizer_state",
+            "resume",
+            REGIME,
+            PRECISION,
+            PROCESSES,
+            "sync_bn",
+        )
         return json.dumps([self.identity.get(name) for name in names])
 
     def final_errors(self) -> dict[int, float]:

@@ -182,8 +182,8 @@ def _read_log(path: Path) -> tuple[dict[int, dict[str, Any]] | None, str | None,
         source, _, counts = lines["data"][-1].partition("; ")
         data = f"{re.sub(r'( in)? [^ ]*/.*$', '', source)}; {counts}"
     if lines["run"]:
-        match = re.search(r" on (\S+), (.*), seed \d+$", lines["run"][-1])
-        computed = f"{match[1]}, {match[2]}" if match else None
+        match = re.search(r" on (.*), seed \d+$", lines["run"][-1])
+        computed = match[1] if match else None
     return _regime(lines["regime"][-1]) if lines["regime"] else None, data, computed
 
 

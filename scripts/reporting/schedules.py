@@ -7,6 +7,7 @@ from reporting.runs import Run, short_path
 
 # Names in a group's identity of what ran, beside what was asked for.
 PRECISION, DATA, REGIME, STRENGTH = "precision that ran", "images that were read", "regime that ran", "strengths that ran"
+PROCESSES = "processes that trained together"  # whose BatchNorm statistics are of their own share of a batch
 
 
 def schedule_text(run: Run, identity: dict[str, Any]) -> str:
@@ -22,6 +23,8 @@ def schedule_text(run: Run, identity: dict[str, Any]) -> str:
     elif mode and (identity[STRENGTH] or [1.0])[0] != 1.0:
         words.append(f"binary_reg {shown(identity[STRENGTH][0])}")
     words += [name for name in ("keep_optimizer_state", "adjust_reg") if identity.get(name)]
+    if identity[PROCESSES] != 1:
+        words.append(f"{shown(identity[PROCESSES])} processes")
     return ", ".join([*words, str(identity.get(PRECISION, "precision ?"))])
 
 

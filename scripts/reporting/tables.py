@@ -38,7 +38,7 @@ class Section:
         config = dict(first["model_config"])
         name = {"resnet": "ResNet"}.get(first["model"], first["model"])
         network = f"{name}-{config.pop('depth')}" + "".join(f", {key} {value}" for key, value in sorted(config.items()))
-        held_out = f", validated on training images held out ({first['holdout']})" if first["holdout"] else ""
+        held_out = f", validated on {first['holdout']} training images held out" if first["holdout"] else ""
         return cell(f"{dataset}, {network}{held_out}")
 
     @property

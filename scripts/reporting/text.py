@@ -20,7 +20,7 @@ _TEST_SET = (
 )
 _HELD_OUT = (
     "Runs with `--holdout` are validated on training images that were held out, not on the test set: their errors cannot be held "
-    "against those of runs on the test set."
+    "against those of runs on the test set. A warm start that was trained without the same `--holdout` has seen those images."
 )
 _WARM_START = (
     "All seeds of a group start from the same full-precision network, the epoch of it that was best on the validation images. The "
