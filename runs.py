@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -253,9 +254,18 @@ def facts_of_machine(device: torch.device) -> dict[str, Any]:
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, **{name: _version(name) for name in names}},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "git_revision": git.stdout.strip() or None,
     }
+
+
+def _cpu_name() -> str:
+    name = platform.machine() or "cpu"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":", 1)[1].strip()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _version(package: str) -> str | None:

@@ -3,11 +3,14 @@
     python scripts/report.py results/short --out results/short
     python scripts/report.py results/a results/b --out compared --data_note cifar10="a JPEG copy, lossy"
 
+    python scripts/report.py results/short --out results/measured --readme results/README.md
+
 Writes report.md, report.csv (one line a group of seeds), report_comparisons.csv and pictures as PNG and SVG. Numbers come from the
 run folders alone; runs that are unfinished, damaged or out of line are listed with the reason and do not enter any mean.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -53,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/report"), metavar="DIR", help="default: results/report")
     parser.add_argument("--data_note", action="append", default=[], metavar="[NAME=]TEXT",
                         help="said beside the name of the data set, of every one or of NAME; may be repeated")  # fmt: skip
+    parser.add_argument("--machine", default="", metavar="TEXT", help="said of the hardware, beside what the runs know of it")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="the report's text once more, as this file")
     args = parser.parse_args(argv)
     try:
         found = read_runs(args.results)
@@ -68,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         drawn = [[write_picture(args.out, picture) for picture in pictures.draw(section, note)] for section in sections]
         write_text(args.out / "report.csv", tables.groups_csv(sections, note))
         write_text(args.out / "report_comparisons.csv", tables.comparisons_csv([pair for pairs in comparisons for pair in pairs]))
-        write_text(args.out / "report.md", text.report(sections, comparisons, drawn, left_out, note))
+        write_text(args.out / "report.md", text.report(sections, comparisons, drawn, left_out, note, args.machine))
+        if args.readme:
+            place = f"{Path(os.path.relpath(args.out, args.readme.parent)).as_posix()}/"
+            write_text(args.readme, text.report(sections, comparisons, drawn, left_out, note, args.machine, place))
     except OSError as error:
         print(f"report.py: error: --out {args.out}: {error.strerror or error}", file=sys.stderr)
         return 1

@@ -55,7 +55,7 @@ for DEPTH in $DEPTHS; do
     done
 done
 
-"$PYTHON" scripts/report.py "$RESULTS_DIR" --out "$RESULTS_DIR"
+"$PYTHON" scripts/report.py "$RESULTS_DIR" --out "$RESULTS_DIR/report"
 if [ ${#failed_experiments[@]} -gt 0 ]; then
     echo "FAILED: ${failed_experiments[*]}" >&2
     exit 1

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -329,6 +330,17 @@ def test_the_same_runs_give_the_same_bytes(study, out, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in out.iterdir()}
     for path in out.iterdir():
         assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def test_the_readme_is_the_report_with_links_that_lead_there(study, tmp_path):
+    done = run_report(study, "--out", tmp_path / "a" / "measured", "--readme", tmp_path / "README.md", "--machine", "two cores")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "README.md").read_text()
+    assert text.replace("a/measured/", "") == (tmp_path / "a" / "measured" / "report.md").read_text()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 3
+    assert all((tmp_path / link).is_file() for link in links)
+    assert "two cores" in text
 
 
 def test_bad_input(tmp_path):

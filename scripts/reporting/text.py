@@ -71,16 +71,22 @@ def report(
     pictures: Sequence[Sequence[Picture]],
     left_out: Sequence[LeftOut],
     note: Note,
+    machine: str = "",
+    place: str = "",
 ) -> str:
-    """report.md; comparisons and pictures are those of each section."""
+    """report.md; comparisons and pictures are those of each section.
+
+    ``machine`` is what is said of the hardware beside what the runs know of it. ``place`` is the folder of the pictures, with its
+    slash, as seen from the text's.
+    """
     parts = ["# Report of the runs", answer(sections, comparisons, left_out, note), caveats(sections)]
     for section, pairs, drawn in zip(sections, comparisons, pictures, strict=True):
-        parts.append(_section(section, pairs, drawn, note))
+        parts.append(_section(section, pairs, [(place + name, caption) for name, caption in drawn], note))
     if any(section.in_paper for section in sections):
         parts += ["## The paper's table for CIFAR-10, and ours", _PAPER_TABLE, tables.paper_table(sections, note)]
     groups = [group for section in sections for group in section.groups]
     if groups:
-        parts += ["## Hardware, versions, seeds", _machines(groups), "## Commands", _commands(groups)]
+        parts += ["## Hardware, versions, seeds", *filter(None, [machine]), _machines(groups), "## Commands", _commands(groups)]
     parts += ["## Left out, or not as it should be", _left_out(left_out)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
@@ -163,7 +169,7 @@ def _section(section: Section, pairs: Sequence[Comparison], drawn: Sequence[Pict
         parts += ["### Signs and levels", _SIGN_TABLE, signs]
     if drawn:
         parts.append("### Pictures")
-    parts += [f"![{name.replace('_', ' ')}]({name}.png)\n\n{caption} ([SVG]({name}.svg))" for name, caption in drawn]
+    parts += [f"![{Path(name).name.replace('_', ' ')}]({name}.png)\n\n{caption} ([SVG]({name}.svg))" for name, caption in drawn]
     return "\n\n".join(part.rstrip() for part in parts)
 
 
