@@ -42,7 +42,18 @@ regimes_in_shape = st.dictionaries(
 texts = st.one_of(numbers, words, literals, st.just("{" * 300), st.just("(" * 5000))
 VALUES = {
     **dict.fromkeys(
-        ["--epochs", "--start-epoch", "--batch-size", "--freeze_epoch", "--print-freq", "-j", "--seed", "--input_size"], numbers
+        [
+            "--epochs",
+            "--start-epoch",
+            "--batch-size",
+            "--freeze_epoch",
+            "--print-freq",
+            "-j",
+            "--seed",
+            "--input_size",
+            "--holdout",
+        ],
+        numbers,
     ),
     **dict.fromkeys(["--lr", "--learning_rate", "--momentum", "--wd", "--reg_rate", "--binary_reg", "--gpus", "--gpu"], numbers),
     **dict.fromkeys(["--projection_mode", "--model", "-a", "--optimizer", "--device", "--precision"], words),
@@ -58,6 +69,8 @@ VALUES = {
 SWITCHES = [
     "--binary_regime",
     "--ttq_regime",
+    "--deterministic",
+    "--sync_bn",
     "--no_adjust",
     "--adjust_reg",
     "--keep_optimizer_state",
