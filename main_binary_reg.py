@@ -144,8 +144,9 @@ def train(
         job = Job(args, run, sets, mode, regime, device, precision, processes, network, loops.StopSignals())
         describe(job, state)
         tb_dir = Path(args.tb_dir) if args.tb_dir else run.folder / "tb"
-        with tracking.Board(tb_dir if processes.first else None, continued_from=state.epoch) as board:
-            if not state.history:
+        purged_from = 0 if run.state is None else state.epoch + 1
+        with tracking.Board(tb_dir if processes.first else None, purged_from) as board:
+            if run.state is None:
                 board.add_start(args, optimizer.latent, state.epoch)
             run.write_results(state.history)
             while state.epoch < args.epochs:

@@ -49,20 +49,19 @@ class Board:
 
     Args:
         folder: where the file is written; None: nothing is.
-        continued_from: epochs that were trained before; points beyond them, from an interrupted process, are purged.
+        purged_from: what an earlier process wrote of this step and later ones is taken back: 0 for a new run.
 
     Raises:
         OSError: here and in every method, if the file cannot be written.
     """
 
-    def __init__(self, folder: Path | None, continued_from: int) -> None:
+    def __init__(self, folder: Path | None, purged_from: int) -> None:
         self._events = None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        purged = continued_from + 1 if continued_from else 0
-        self._events.write_event(Event(wall_time=time.time(), step=purged, session_log=SessionLog(status=SessionLog.START)))
+        self._events.write_event(Event(wall_time=time.time(), step=purged_from, session_log=SessionLog(status=SessionLog.START)))
 
     def add_start(self, args: Namespace, weights: Mapping[str, Tensor], epoch: int) -> None:
         """The arrangement of the charts, the arguments as text, and the weights before the first step."""
@@ -70,6 +69,7 @@ class Board:
         shown = {name: value for name, value in sorted(vars(args).items()) if name not in cli.DERIVED}
         self._add(summary.text("arguments", "\n".join(f"    {name} = {json.dumps(value)}" for name, value in shown.items())), epoch)
         self.add_histograms(weights, epoch)
+        self.flush()
 
     def add_epoch(self, row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> None:
         """The epoch's results, each parameter's metrics, and their means over the parameters."""

@@ -229,8 +229,8 @@ def test_unnamed_runs_never_share_a_folder(place, tmp_path):
     assert all(len(rows(folder)) == 1 for folder in folders)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_an_interrupted_run_continues_to_the_same_end(place, number):
+@pytest.mark.parametrize(("number", "epoch"), [(signal.SIGTERM, 2), (signal.SIGINT, 1), (signal.SIGUSR1, 3)])
+def test_an_interrupted_run_continues_to_the_same_end(place, number, epoch):
     options = ("--resume", place["results"] / "fp", "--epochs", 4, "--freeze_epoch", 2, *MODES["lazy"], "--print-freq", 1)
     options = (*options, "--batch-size", 4)
     whole, broken = (place["results"] / f"{kind}_{number.name}" for kind in ("whole", "broken"))
@@ -239,7 +239,7 @@ def test_an_interrupted_run_continues_to_the_same_end(place, number):
     command = [sys.executable, str(MAIN), *map(str, arguments(place, *options, "--save", broken.name))]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     waited = time.monotonic()
-    while not (log := broken / "log.txt").exists() or "epoch 2/4, step 3/" not in log.read_text():
+    while not (log := broken / "log.txt").exists() or f"epoch {epoch}/4, step 3/" not in log.read_text():
         assert process.poll() is None
         assert time.monotonic() - waited < 120
         time.sleep(0.01)
@@ -248,7 +248,7 @@ def test_an_interrupted_run_continues_to_the_same_end(place, number):
     printed = process.stdout.read()
     assert f"stopped by {number.name}" in printed
     saved = load(broken)
-    assert (1, 3) <= (saved["epoch"], saved["step"]) < (4, 0)
+    assert (epoch - 1, 3) <= (saved["epoch"], saved["step"]) < (4, 0)
 
     done = run_main(*arguments(place, *options, "--save", broken.name))
     assert f"continuing in epoch {saved['epoch'] + 1}, after step {saved['step']}/20" in done.stdout
@@ -257,8 +257,13 @@ def test_an_interrupted_run_continues_to_the_same_end(place, number):
         assert all(torch.equal(one[key], other[key]) for key in one)
     without_time = [[{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder)] for folder in (whole, broken)]
     assert without_time[0] == without_time[1]
-    events = scalars(broken / "tb")
+    undisturbed, events = scalars(whole / "tb"), scalars(broken / "tb")
     assert [point.step for point in events.Scalars("train_loss")] == [1, 2, 3, 4]
+    assert len(events.Tags()["histograms"]) == 8
+    for tag in events.Tags()["histograms"]:
+        strips = [[(point.step, point.histogram_value) for point in board.Histograms(tag)] for board in (undisturbed, events)]
+        assert [step for step, _ in strips[0]] == [0, 1, 2, 3, 4]
+        assert strips[0] == strips[1]
     log = (broken / "log.txt").read_text()
     assert re.findall(r"epoch (\d)/4: train loss", log) == ["1", "2", "3", "4"]
     assert re.findall(r"epoch 3/4, step (\d+)/20", log) == [str(step) for step in range(1, 21)]
