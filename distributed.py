@@ -6,6 +6,7 @@ process writes.
 """
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -73,8 +74,15 @@ class Processes:
             self.wait()
 
     def averaging(self, network: nn.Module) -> nn.Module:
-        """The network with gradients that are averaged over all processes; to be made anew after a freeze."""
-        return nn.parallel.DistributedDataParallel(network) if self.several else network
+        """The network with gradients that are averaged over all processes.
+
+        To be made anew for each epoch: after a freeze other gradients are averaged, and a run that is continued at an epoch's
+        start then sums in the order of the undisturbed one.
+        """
+        if not self.several:
+            return network
+        gc.collect()  # the one before, which refers to itself, holds a copy of all gradients
+        return nn.parallel.DistributedDataParallel(network)
 
     def align_buffers(self, model: nn.Module) -> None:
         """Gives all processes the first one's BatchNorm statistics: each has counted only its share of the last batch."""

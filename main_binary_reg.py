@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error}: stopped, the last good checkpoint is kept", 1)
     except RuntimeError as error:
+        if "use_deterministic_algorithms" in str(error):
+            return _fail(f"--deterministic: torch cannot do without an operation of another kind ({str(error).split('.')[0]})", 2)
         if not (processes.several and distributed.lost_another(error)):
             raise
         return _fail("another process of this run is gone: stopped, the last good checkpoint is kept", 1)
