@@ -116,7 +116,8 @@ def build_parser(
     add = parser.add_argument_group("data and network").add_argument
     add("--dataset", type=_word_from(datasets), default="cifar10", metavar="NAME", help=f"{', '.join(datasets)} (default: cifar10)")
     add("--data_dir", type=_path, default="Datasets", metavar="DIR", help="folder that data sets lie in (default: Datasets)")
-    add("-j", "--workers", type=_COUNT_OR_ZERO, default=8, metavar="N", help="processes that decode imagenet images (default: 8)")
+    add("-j", "--workers", type=_COUNT_OR_ZERO, default=8, metavar="N",
+        help="processes that decode imagenet images, for each GPU (default: 8)")  # fmt: skip
     add("--holdout", type=_COUNT_OR_ZERO, default=0, metavar="N",
         help="for tuning: validate on N training images, which are then not trained on (default: 0)")  # fmt: skip
     add("--input_size", type=_number(int, lambda v: 32 <= v <= 2048, "a whole number from 32 to 2048"), metavar="PIXELS",
@@ -218,6 +219,8 @@ def parse(argv: list[str] | None, **names: Any) -> tuple[argparse.Namespace, lis
 def check(args: argparse.Namespace, mode: Any) -> list[str]:
     """Warnings about arguments without effect; raises UsageError on those that contradict each other."""
     warnings = []
+    if args.input_size is not None and args.input_size < 40 and args.dataset == "imagenet":
+        raise UsageError(f"--input_size {args.input_size}: nothing is left of smaller images than 40 in the last layers")
     if args.input_size is not None and args.dataset != "imagenet" and args.input_size != 32:
         raise UsageError(f"--input_size {args.input_size}: {args.dataset} is 32 pixels wide; only imagenet takes another size")
     if args.evaluate is not None:

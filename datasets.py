@@ -94,15 +94,28 @@ def _read_with_torchvision(class_name: str, folders: tuple[str, ...], data_dir: 
     import torchvision.datasets as vision  # on first use: importing it takes longer than reading the sample
 
     dataset = getattr(vision, class_name)
-    for root in (data_dir / folder for folder in folders):
-        with contextlib.suppress(RuntimeError):  # its word for: not there, or not what it should be
-            return _from_torchvision(dataset(root, train=True), dataset(root, train=False), f"{class_name} in {root}")
+
+    def read_present() -> SmallImages | None:
+        for root in (data_dir / folder for folder in folders):
+            with contextlib.suppress(RuntimeError):  # its word for: not there, or not what it should be
+                return _from_torchvision(dataset(root, train=True), dataset(root, train=False), f"{class_name} in {root}")
+        return None
+
+    found = read_present()
+    if found is not None:
+        return found
     root = data_dir / folders[0]
-    say(f"{class_name} is not in {data_dir}: downloading it to {root}")
     made = _missing_folders(root)
     try:
-        train = dataset(root, train=True, download=True)
-        return _from_torchvision(train, dataset(root, train=False, download=True), f"{class_name} in {root}, just downloaded")
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with _locked(data_dir):  # runs that start together download once
+            found = read_present()
+            if found is None:
+                say(f"{class_name} is not in {data_dir}: downloading it to {root}")
+                train = dataset(root, train=True, download=True)
+                test = dataset(root, train=False, download=True)
+                found = _from_torchvision(train, test, f"{class_name} in {root}, just downloaded")
+            return found
     except (RuntimeError, urllib.error.URLError, OSError) as error:
         for folder in [root / class_name / "raw", root / class_name, *made]:
             with contextlib.suppress(OSError):  # removed only where the attempt made it and left it empty
@@ -239,7 +252,7 @@ def _decode_one(path: Path) -> np.ndarray:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Seeds that start together decode once: the others wait here, and then read the cache."""
+    """Runs that start together decode or download once: the others wait here, and then read what is there."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

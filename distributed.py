@@ -60,6 +60,11 @@ class Processes:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.tolist()
 
+    def alike(self, *numbers: int) -> bool:
+        """Whether each number is the same in all processes."""
+        largest = self.largest(*numbers, *(-number for number in numbers))
+        return largest[: len(numbers)] == [-number for number in largest[len(numbers) :]]
+
     def wait(self) -> None:
         """Returns when all processes have called it."""
         self.largest(0)
@@ -106,7 +111,7 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def lost_another(error: RuntimeError) -> bool:
-    """Whether an error means that another process is gone, and not that something is wrong here."""
+    """Whether an error comes from talking to the other processes, most often because one of them is gone."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection closed"))
 
 
@@ -128,12 +133,14 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
     if not processes.several:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield
-    finally:
-        with contextlib.suppress(RuntimeError):  # another process is gone already
-            dist.destroy_process_group()
+    store, rank, count = next(dist.rendezvous("env://"))
+    # torchrun may keep its store when it restarts the processes; the addresses of those before must not be found in it.
+    store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    yield
+    # Not after an error: NCCL would wait here for the others, who wait for this process. Its end is what tells them.
+    dist.destroy_process_group()
 
 
 def launch(command: Sequence[str], count: int) -> int:
@@ -147,16 +154,25 @@ def launch(command: Sequence[str], count: int) -> int:
         The exit status: 128 + n after signal n, else torchrun's (1 if a process failed).
     """
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *command]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
+    # How long torchrun waits for the processes to save before it kills them: longer than any step should be.
+    defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     received: list[int] = []
-    # A session of its own: Ctrl-C reaches the processes once, by the way below.
-    process = subprocess.Popen(torchrun, env=environment, start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        process.send_signal(signal.SIGTERM)  # torchrun passes this one on, and waits for the processes to save
+        process.send_signal(signal.SIGTERM)  # torchrun passes this one on to the processes
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # until there is a process to pass them on to
+    # A session of its own: Ctrl-C reaches the processes once, by the way above.
+    process = subprocess.Popen(
+        torchrun,
+        env={**defaults, **os.environ},
+        start_new_session=True,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, signals),
+    )
+    for number in signals:
         signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     status = process.wait()
     return 128 + received[0] if received else abs(status)

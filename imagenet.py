@@ -1,5 +1,6 @@
 """ImageNet as class folders, decoded in worker processes."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,9 +90,14 @@ class FolderBatches:
         self.samples, self.batch_size, self.share = len(images), batch_size, share
         self._images, self._seed = _Seeded(images), seed
         self._device, self._workers, self._shuffled = device, workers, shuffled
+        parts = [slice(first, min(first + batch_size, self.samples)) for first in range(0, self.samples, batch_size)]
+        if shuffled:
+            self._parts = [share.part(part.start, part.stop) for part in parts]
+        else:
+            self._parts = parts[share.rank :: share.count]
 
     def __len__(self) -> int:
-        return len(self._parts())
+        return len(self._parts)
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from step ``start`` on."""
@@ -99,9 +105,11 @@ class FolderBatches:
         order = torch.randperm(self.samples, generator=random) if self._shuffled else torch.arange(self.samples)
         seeds = torch.randint(0, 2**62, (self.samples,), generator=random)
         keys = list(zip(seeds.tolist(), order.tolist(), strict=True))
-        batches = [keys[part] for part in self._parts()[start:]]
+        batches = [keys[part] for part in self._parts[start:]]
         pinned = self._device.type == "cuda"
-        loader = DataLoader(self._images, batch_sampler=batches, num_workers=self._workers, pin_memory=pinned)
+        loader = DataLoader(
+            self._images, batch_sampler=batches, num_workers=self._workers, pin_memory=pinned, worker_init_fn=_leave_signals
+        )
         try:
             for images, labels in loader:
                 images = images.to(self._device, non_blocking=True, memory_format=torch.channels_last)
@@ -109,8 +117,8 @@ class FolderBatches:
         except UsageError as error:  # from a worker it comes with the worker's traceback before it
             raise UsageError(str(error).strip().splitlines()[-1].split("UsageError: ")[-1]) from None
 
-    def _parts(self) -> list[slice]:
-        parts = [slice(first, min(first + self.batch_size, self.samples)) for first in range(0, self.samples, self.batch_size)]
-        if self._shuffled:
-            return [self.share.part(part.start, part.stop) for part in parts]
-        return parts[self.share.rank :: self.share.count]
+
+def _leave_signals(worker: int) -> None:
+    """A signal to the whole group of processes is the run's to answer: it still needs its workers to finish the step and save."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -33,7 +33,7 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into ``Interrupted`` at the next step boundary; a second one acts at once.
+    """Turns SIGINT, SIGTERM and SIGUSR1 into ``Interrupted`` at the next step boundary; a second one of the same kind acts at once.
 
     Attributes:
         number: of the signal that has come, 0 before.
@@ -48,10 +48,10 @@ class StopSignals:
         self.number = number
         signal.signal(number, signal.SIG_DFL)
 
-    def check(self) -> None:
-        """Raises Interrupted if a signal has come."""
-        if self.number:
-            raise Interrupted(self.number)
+    def answer(self, number: int) -> None:
+        """Raises Interrupted for the number of a signal, not for 0. The number may be that of another process's signal."""
+        if number:
+            raise Interrupted(number)
 
 
 class Progress:
@@ -132,12 +132,11 @@ def train(
 
 @torch.inference_mode()
 def validate(
-    model: nn.Module, batches: Batches, meter: Meter, precision: Precision, stop: StopSignals | None = None
+    model: nn.Module, batches: Batches, meter: Meter, precision: Precision, between_batches: Callable[[], None] = lambda: None
 ) -> dict[str, float]:
     """Loss and errors of the network as it is, see ``Meter.read``, counted by ``meter``.
 
-    Raises:
-        Interrupted: on a signal, between two batches, if ``stop`` is given.
+    ``between_batches`` is called as often in all processes, also where one has a batch less; what it raises ends the validation.
     """
     model.eval()
     for images, labels in batches.epoch(0):
@@ -145,6 +144,8 @@ def validate(
             logits = model(images)
             loss = F.cross_entropy(logits, labels)
         meter.update(logits, labels, loss)
-        if stop is not None:
-            stop.check()
+        between_batches()
+    rounds = math.ceil(math.ceil(batches.samples / batches.batch_size) / batches.share.count)
+    for _ in range(rounds - len(batches)):
+        between_batches()
     return meter.read()

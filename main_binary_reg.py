@@ -96,9 +96,12 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if "use_deterministic_algorithms" in str(error):
             return _fail(f"--deterministic: torch cannot do without an operation of another kind ({str(error).split('.')[0]})", 2)
+        if "DataLoader worker" in str(error):
+            return _fail(f"a process that decodes images is gone ({error}): stopped, the last good checkpoint is kept", 1)
         if not (processes.several and distributed.lost_another(error)):
             raise
-        return _fail("another process of this run is gone: stopped, the last good checkpoint is kept", 1)
+        reason = " ".join(str(error).split())[:300]
+        return _fail(f"another process of this run cannot be reached ({reason}): stopped, the last good checkpoint is kept", 1)
 
 
 def train(
@@ -142,7 +145,10 @@ def train(
                 )
             if not processes.first:
                 state.meter.reset()  # the first one has the counts of all
-        network = utils.CompiledNetwork(model, device, args.batch_size // processes.share.count) if state.compiled else model
+        if not processes.alike(state.epoch, state.step):
+            raise UsageError(f"--results_dir: the processes do not all see the same {run.folder}; several machines must share it")
+        part = processes.share.part(0, args.batch_size)
+        network = utils.CompiledNetwork(model, device, part.stop - part.start) if state.compiled else model
         job = Job(args, run, sets, mode, regime, device, precision, processes, network, loops.StopSignals())
         describe(job, state)
         tb_dir = Path(args.tb_dir) if args.tb_dir else run.folder / "tb"
@@ -156,9 +162,9 @@ def train(
                     row = train_epoch(job, state)
                 except loops.Interrupted as interruption:
                     run.save_state(state.checkpoint(args))
-                    log.info(
-                        f"{interruption} in epoch {state.epoch + 1}, saved after step {state.step}: the same command continues"
-                    )
+                    named = "" if args.save else f" with --save {run.folder.name}"
+                    words = f"saved after step {state.step}: the same command{named} continues"
+                    log.info(f"{interruption} in epoch {state.epoch + 1}, {words}")
                     raise
                 finish_epoch(job, state, row, board)
         log.info(f"{run.folder}: done, best error {100 - state.best_prec1:.2f}%")
@@ -204,8 +210,7 @@ def between_steps(job: Job, state: State) -> None:
     minutes = job.args.checkpoint_minutes
     due = job.processes.first and minutes > 0 and time.monotonic() - job.run.saved_at > 60 * minutes
     number, due = job.processes.largest(job.stop.number, int(due))
-    if number:
-        raise loops.Interrupted(number)
+    job.stop.answer(number)
     if due:
         job.run.save_state(state.checkpoint(job.args))
         log.debug(f"saved after step {state.step}")
@@ -229,8 +234,9 @@ def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:
 def validate(job: Job, state: State) -> dict[str, float]:
     """Loss and errors of the network as it is now."""
     meter = utils.Meter(job.device, job.processes.total)
-    stop = None if job.processes.several else job.stop  # several can stop only together, which they do between steps
-    return loops.validate(state.model, job.sets.validation, meter, job.precision, stop)
+    return loops.validate(
+        state.model, job.sets.validation, meter, job.precision, lambda: job.stop.answer(*job.processes.largest(job.stop.number))
+    )
 
 
 def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Board) -> None:
@@ -261,6 +267,9 @@ def evaluate(args: Namespace) -> int:
     content = checkpoints.read(path)
     model_name = _given_or_kept(args, content, "model", MODELS)
     dataset = _given_or_kept(args, content, "dataset", data.DATASETS)
+    args.precision = _given_or_kept(args, content, "precision", ("auto", "fp32", "bf16"))
+    args.holdout = _given_or_kept(args, content, "holdout", range(2**31))
+    args.input_size = _given_or_kept(args, content, "input_size", (None, *range(32, 2049)))
     mode_name = _given_or_kept(args, content, "projection_mode", [*quantize.MODES, None])
     mode = quantize.MODES.get(mode_name, quantize.FULL_PRECISION)
     config = _config_of(content) | args.model_config
@@ -335,10 +344,10 @@ def describe(job: Job, state: State) -> None:
         log.debug(f"quantized: {', '.join(latent)}")
 
 
-def _given_or_kept(args: Namespace, content: dict[str, Any], name: str, known: Collection[str | None]) -> Any:
+def _given_or_kept(args: Namespace, content: dict[str, Any], name: str, known: Collection[str | int | None]) -> Any:
     """What the user typed, else what the checkpoint says, else the flag's default."""
     value = getattr(args, name) if name in args.typed else content.get(name, getattr(args, name))
-    if not isinstance(value, str | None) or value not in known:
+    if not isinstance(value, str | int | None) or value not in known:
         raise UsageError(f"--evaluate {args.evaluate}: the checkpoint's {name} {value!r} is not known; give --{name}")
     return value
 

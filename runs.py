@@ -87,7 +87,8 @@ class Run:
         try:
             old = json.loads(path.read_text())["arguments"]
         except FileNotFoundError:
-            return ["no args.json, but a checkpoint"] if (self.folder / checkpoints.LATEST).exists() else []
+            left = any((self.folder / name).exists() for name in (checkpoints.LATEST, checkpoints.PREVIOUS))
+            return ["no args.json, but a checkpoint"] if left else []
         except (ValueError, KeyError, TypeError, OSError):
             return ["its args.json cannot be read"]
         # A flag that is newer than the run counts only where the user typed it.
@@ -171,14 +172,16 @@ class Run:
     def _take_lock(self) -> None:
         self._lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # Not flock: the processes that decode images would inherit it, and hold it when this one is killed.
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             os.close(self._lock)
             self._lock = None
             raise UsageError(f"--save {self.folder.name}: another process is working in {self.folder}") from None
 
     def _clear(self) -> None:
-        for entry in list(self.folder.iterdir()):
+        # The arguments last: a folder that is cleared in part must not pass for a run that never began.
+        for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name == "args.json"):
             if entry.name != ".lock":
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         self.state = None

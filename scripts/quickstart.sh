@@ -25,11 +25,11 @@ quantized() {
     train "$@" --resume "$RESULTS_DIR/full_precision" --epochs "$EPOCHS" --freeze_epoch "$FREEZE_EPOCH" --optimizer Adam --save_all
 }
 
-# The published strength at a short schedule: lr * reg_rate * (sum of epochs before the freeze) * steps is about as large.
+# The published strengths at a short schedule: lr * reg_rate * (sum of epochs before the freeze) * steps is about as large.
 quantized "ProxQuant-binary" --save proxquant_binary --lr 0.01 --projection_mode prox --reg_rate 0.125
 quantized "BinaryConnect" --save binaryconnect --lr 0.01 --projection_mode lazy --binary_reg 1.0 \
     --regime "{0: {'lr': 0.01}, 4: {'lr': 0.001}, 8: {'lr': 0.0001}}"
-quantized "ProxQuant-ternary" --save proxquant_ternary --lr 0.01 --projection_mode prox_ternary --reg_rate 0.125
+quantized "ProxQuant-ternary" --save proxquant_ternary --lr 0.01 --projection_mode prox_ternary --reg_rate 0.25
 
 echo
 "$PYTHON" scripts/summary.py "$RESULTS_DIR"/{full_precision,proxquant_binary,binaryconnect,proxquant_ternary}

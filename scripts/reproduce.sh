@@ -50,6 +50,7 @@ for DEPTH in $DEPTHS; do
     experiment fp published
     for regime in $REGIMES; do
         for method in $METHODS; do
+            if [ "$method" = fp ]; then continue; fi # trained above
             experiment "$method" "$regime" --resume "$(warm_start)"
         done
     done

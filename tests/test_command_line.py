@@ -311,12 +311,15 @@ def test_long_epochs_are_saved_inside(place):
         time.sleep(0.02)
     process.kill()
     process.wait()
+    saved = [load(folder, name) for name in ("checkpoint.pth.tar", "checkpoint.previous.pth.tar") if (folder / name).exists()]
+    inside = [content["step"] for content in saved if content["step"]]
+    assert inside  # of two checkpoints in a row at most one is that of a whole epoch
     done = subprocess.Popen([sys.executable, str(MAIN), *map(str, options)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     line = done.stdout.readline()
     done.kill()
     done.wait()
     done.stdout.close()
-    assert re.search(r"continuing in epoch \d+, after step [1-9]\d*/80", line) or load(folder)["epoch"] > 0
+    assert f"continuing in epoch {saved[0]['epoch'] + 1}, after step {saved[0]['step']}/80" in line
 
 
 def test_a_full_disk_stops_the_run_and_spares_the_last_good_checkpoint(place, tmp_path):
@@ -431,6 +434,40 @@ def test_held_out_images_are_validated_on_and_not_trained_on(place):
     assert json.loads((place["results"] / "held" / "args.json").read_text())["arguments"]["holdout"] == 30
     assert "--holdout" in run_main(*arguments(place, *options[:-1], 40), check=2).stderr
 
+    # Evaluated on the same images as in training, though the command does not say so again.
+    last = rows(place["results"] / "held")[-1]
+    done = run_main("--evaluate", place["results"] / "held" / "checkpoint.pth.tar", "--data_dir", place["data"])
+    assert f"as it is: loss {float(last['val_loss']):.6f}" in done.stdout
+
+
+def test_an_unnamed_run_says_how_it_continues(place, tmp_path):
+    options = arguments(place, "--epochs", 300, "--lr", "0.01")
+    options[options.index("--results_dir") + 1] = tmp_path
+    command = [sys.executable, str(MAIN), *map(str, options)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch 1/"):
+            process.terminate()
+    (folder,) = tmp_path.iterdir()
+    process.wait(timeout=60)
+    assert f"the same command with --save {folder.name} continues" in (folder / "log.txt").read_text()
+    epoch = load(folder)["epoch"]
+    again = subprocess.Popen([*command, "--save", folder.name], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert f"continuing in epoch {epoch + 1}" in again.stdout.readline()
+    again.terminate()
+    again.communicate(timeout=60)
+
+
+def test_a_folder_that_was_cleared_in_part_is_not_continued(place):
+    """--overwrite can be killed too."""
+    options = arguments(place, "--save", "cleared", "--epochs", 2, "--lr", "0.01")
+    run_main(*options)
+    folder = place["results"] / "cleared"
+    for name in ("args.json", "checkpoint.pth.tar"):
+        (folder / name).unlink()
+    assert "no args.json" in run_main(*options, check=2).stderr
+    assert "continuing" not in run_main(*options, "--overwrite").stdout
+
 
 def test_deterministic_changes_nothing_on_the_cpu(place):
     for name, more in (("loose", ()), ("strict", ("--deterministic",))):
@@ -439,19 +476,45 @@ def test_deterministic_changes_nothing_on_the_cpu(place):
     assert all(torch.equal(loose[name], strict[name]) for name in loose)
 
 
-@pytest.mark.parametrize("depth", [18, 50])
-def test_imagenet_from_start_to_end(tmp_path, depth):
-    """Class folders of images of many sizes, through the main script: frozen, continued and evaluated."""
-    random = np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory) -> Path:
+    """A data folder with 200 + 60 images of many sizes in ImageNet's class folders."""
+    data, random = tmp_path_factory.mktemp("imagenet_data"), np.random.default_rng(0)
     for split, count in (("train", 50), ("val", 15)):
         for index, name in enumerate(("n01", "n02", "n03", "n04")):
-            folder = tmp_path / "data" / "imagenet" / split / name
+            folder = data / "imagenet" / split / name
             folder.mkdir(parents=True)
             for number in range(count):
                 height, width = random.integers(40, 120, 2)
                 pixels = random.integers(60 * index, 60 * index + 60, (height, width, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.jpg")
-    network = ("--dataset", "imagenet", "--data_dir", tmp_path / "data", "--input_size", 32, "--workers", 2)
+    return data
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_saves_an_imagenet_run(imagenet, tmp_path, number):
+    """As from Ctrl-C, torchrun or a cluster's manager: the processes that decode images get it too, and must not fall over it."""
+    options = ("--dataset", "imagenet", "--data_dir", imagenet, "--results_dir", tmp_path, "--input_size", 40, "--workers", 2)
+    options = (*options, "--batch-size", 4, "--save", "run", "--epochs", 50, "--precision", "fp32", "--print-freq", 1)
+    command = [sys.executable, str(MAIN), *map(str, options)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    log, began = tmp_path / "run" / "log.txt", time.monotonic()
+    while not log.exists() or "epoch 1/50, step 3/50" not in log.read_text():
+        assert process.poll() is None
+        assert time.monotonic() - began < 120
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    printed, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert "saved after step" in printed
+    assert said == ""
+    assert load(tmp_path / "run")["step"] >= 3
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_imagenet_from_start_to_end(imagenet, tmp_path, depth):
+    """Class folders of images of many sizes, through the main script: frozen, continued and evaluated."""
+    network = ("--dataset", "imagenet", "--data_dir", imagenet, "--input_size", 40, "--workers", 2)
     config = ("--model_config", f"{{'depth': {depth}}}", "--batch-size", 50, "--precision", "fp32")
     options = (*network, *config, "--results_dir", tmp_path)
     run_main(*options, "--epochs", 1, "--lr", "0.01", "--save", "fp")

@@ -1,6 +1,7 @@
 """Several processes that train one network: shares of the data, equal gradients, equal weights, lost processes, signals."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,19 @@ def test_torchrun_restarts_a_job_by_itself(undisturbed, tiny_data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "continuing in epoch 3" in done.stdout
     assert_same_run(whole / "whole", tmp_path / "broken")
+
+
+def test_processes_that_do_not_see_one_folder_stop(undisturbed, tiny_data, tmp_path):
+    """As on machines that do not share their disks: one would begin anew beside one that continues."""
+    whole, _ = undisturbed
+    shutil.copytree(whole, tmp_path / "0" / "results")
+    (tmp_path / "1").mkdir()
+    arguments = (*NETWORK, *LAZY, "--epochs", "5", "--data_dir", tiny_data, "--save", "whole")
+    done = torchrun(WORKER, tmp_path, "apart", *arguments)
+    assert done.returncode != 0
+    assert "do not all see the same" in done.stderr
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+    assert checkpoint(tmp_path / "0" / "results" / "whole")["epoch"] == 4
 
 
 def test_a_signal_saves_in_all_processes_at_one_step(undisturbed, tiny_data, tmp_path):

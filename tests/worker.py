@@ -2,6 +2,7 @@
 
     torchrun ... worker.py OUT gradients                  the gradients of one step in float64, to OUT/gradients-RANK.pt
     torchrun ... worker.py OUT train ARGUMENTS...         the script, with each epoch's weights to OUT/weights-RANK-EPOCH.pt
+    torchrun ... worker.py OUT apart ARGUMENTS...         the same, each process in the folder OUT/RANK
 
 With FAULT="RANK STEP" in the environment, that process kills itself once, after so many steps.
 """
@@ -71,7 +72,9 @@ def train(out: Path, rank: int, arguments: list[str]) -> int:
 def main() -> int:
     out, task, *arguments = sys.argv[1:]
     processes = distributed.here()
-    if task == "train":
+    if task == "apart":
+        os.chdir(Path(out) / str(processes.share.rank))
+    if task in ("train", "apart"):
         return train(Path(out), processes.share.rank, arguments)
     with distributed.joined(processes, CPU):
         torch.save(gradients(processes), Path(out) / f"gradients-{processes.share.rank}.pt")
