@@ -104,9 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"another process of this run cannot be reached ({reason}): stopped, the last good checkpoint is kept", 1)
 
 
-def train(
-    args: Namespace, warnings: list[str], run: runs.Run, device: torch.device, processes: distributed.Processes = distributed.ALONE
-) -> int:
+def train(args: Namespace, warnings: list[str], run: runs.Run, device: torch.device, processes: distributed.Processes) -> int:
     """One run, from its first epoch, or the one that it is continued in, to its last."""
     for line in warnings:
         log.warning(f"warning: {line}")

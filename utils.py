@@ -55,7 +55,6 @@ def be_deterministic() -> None:
     """Has torch take only operations whose results repeat to the last bit (it raises RuntimeError where it has none)."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
 
 
 @dataclass(frozen=True)

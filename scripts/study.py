@@ -58,6 +58,7 @@ class Schedule:
         return Schedule(self.epochs, self.freeze_epoch, self.batch_size, self.rates, self.mode, rate)
 
 
+REGIMES = ("published", "common")
 LAZY, PROX, TERNARY = (("--projection_mode", name) for name in ("lazy", "prox", "prox_ternary"))
 PUBLISHED = {
     "fp": Schedule(200, None, 128, {0: 0.1, 100: 0.01, 150: 0.001}),
@@ -68,7 +69,12 @@ PUBLISHED = {
 
 
 def schedule(method: str, regime: str, shorter: int) -> Schedule:
-    """A method's schedule; raises ValueError where ``shorter`` leaves too few epochs."""
+    """A method's schedule; raises ValueError for an unknown name, and where ``shorter`` leaves too few epochs."""
+    for name, value, known in (("METHODS", method, PUBLISHED), ("REGIMES", regime, REGIMES)):
+        if value not in known:
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
+    if shorter < 1:
+        raise ValueError(f"SHORTER: {shorter} is not accepted, a whole number from 1 up is needed")
     published = PUBLISHED[method]
     if regime == "published" or method == "fp":
         return published if shorter == 1 else published.shortened(shorter)
@@ -93,12 +99,15 @@ def arguments(method: str, regime: str, shorter: int) -> list[str]:
 
 def plan(args: argparse.Namespace, common_arguments: list[str]) -> int:
     """Prints each experiment with the epochs that are left, and the time that they will take."""
+    for method in args.methods.split():
+        for regime in args.regimes.split():
+            schedule(method, regime, args.shorter)  # a name or number that cannot be is said before an epoch is measured
     left = 0.0
     for depth in args.depths.split():
         seconds, source = epoch_seconds(args, depth, common_arguments)
         print(f"ResNet-{depth}: {seconds:.1f} s an epoch ({source})")
         names = [("fp", "published"), *((method, regime) for regime in args.regimes.split() for method in args.methods.split())]
-        for method, regime in names:
+        for method, regime in dict.fromkeys(names):
             chosen = schedule(method, regime, args.shorter)
             name = run_name(args.network.replace("DEPTH", depth), method, regime)
             epochs = sum(max(0, chosen.epochs - trained(args.results_dir / f"{name}_run_{seed}")) for seed in args.seeds.split())
@@ -148,8 +157,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("arguments")
-    one.add_argument("method", choices=PUBLISHED)
-    one.add_argument("regime", choices=("published", "common"))
+    one.add_argument("method")
+    one.add_argument("regime")
     one.add_argument("shorter", type=int)
     whole = commands.add_parser("plan")
     whole.add_argument("--shorter", type=int, required=True)

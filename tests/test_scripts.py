@@ -231,6 +231,12 @@ def test_the_whole_study(tmp_path, tiny_data):
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("complete") == 14
     assert "about 0.0 hours" in again.stdout
-    wrong = run("reproduce.sh", env={**settings, "SCHEDULE": "shrt"})
-    assert wrong.returncode == 2
-    assert "SCHEDULE=shrt" in wrong.stderr
+
+
+@pytest.mark.parametrize(("name", "value"), [("SCHEDULE", "shrt"), ("METHODS", "bc lazzy"), ("REGIMES", "comon"), ("SHORTER", "0")])
+def test_a_study_that_cannot_be_is_refused_at_once(tmp_path, name, value):
+    done = run("reproduce.sh", env=environment(tmp_path, tmp_path, **{"SCHEDULE": "short", name: value}))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert name in done.stderr
+    assert value.split()[-1] in done.stderr
