@@ -5,6 +5,7 @@ gradients are averaged (DistributedDataParallel), and optimizer and projection t
 process writes.
 """
 
+import atexit
 import contextlib
 import gc
 import os
@@ -133,13 +134,24 @@ def joined(processes: Processes, device: torch.device) -> Iterator[None]:
     if not processes.several:
         yield
         return
+    # Before there is a group: it has functions with the group as a default, which would keep it, and its threads, to the end.
+    import torch.distributed.nn.functional  # noqa: F401
+
+    # A thread of gloo that lets a tensor go while Python ends aborts the process. They are joined with the group's last reference;
+    # after an error that is one in the traceback, which lives as long as the caller handles it.
+    atexit.register(gc.collect)
     store, rank, count = next(dist.rendezvous("env://"))
     # torchrun may keep its store when it restarts the processes; the addresses of those before must not be found in it.
     store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=count)
-    yield
-    # Not after an error: NCCL would wait here for the others, who wait for this process. Its end is what tells them.
+    try:
+        yield
+    except BaseException:
+        # NCCL would wait here for the others, who wait for this process. Its end is what tells them.
+        if device.type != "cuda":
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

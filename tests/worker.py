@@ -4,9 +4,11 @@
     torchrun ... worker.py OUT train ARGUMENTS...         the script, with each epoch's weights to OUT/weights-RANK-EPOCH.pt
     torchrun ... worker.py OUT apart ARGUMENTS...         the same, each process in the folder OUT/RANK
 
-With FAULT="RANK STEP" in the environment, that process kills itself once, after so many steps.
+With FAULT="RANK STEP" in the environment, that process kills itself once, after so many steps. The names of the threads that are
+left at the end are in OUT/threads-RANK.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -69,9 +71,14 @@ def train(out: Path, rank: int, arguments: list[str]) -> int:
     return main_binary_reg.main(arguments)
 
 
+def note_threads(file: Path) -> None:
+    file.write_text(" ".join((task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()))
+
+
 def main() -> int:
     out, task, *arguments = sys.argv[1:]
     processes = distributed.here()
+    atexit.register(note_threads, Path(out).absolute() / f"threads-{processes.share.rank}")
     if task == "apart":
         os.chdir(Path(out) / str(processes.share.rank))
     if task in ("train", "apart"):
