@@ -5,8 +5,8 @@
 #   SCHEDULE=short scripts/reproduce.sh                        the same shape at a 25th of the length
 #   DEPTHS="20 32 44 56" SEEDS="0 1 2 3" GPUS="0 1 2 3" scripts/reproduce.sh
 #
-#   REGIMES="published common"     as in the paper, and all methods under one regime (scripts/study.py explains both)
-#   METHODS="bc pq_binary pq_ternary"
+#   REGIMES="published common"     as in the paper, and all methods under one regime; scripts/study.py explains them
+#   METHODS="bc pq_binary pq_ternary"   of which pq_binary has REGIMES=tuned too
 #   SHORTER=25                     by how much SCHEDULE=short divides the published epochs
 #   RUNS_PER_GPU=1                 runs at a time on each GPU, or on the CPU (there with OMP_NUM_THREADS set to their share of the cores)
 #   others: see seeds.sh

@@ -1,6 +1,7 @@
 """The training scripts: seeds side by side, queues, failures, interrupts; and the sample's maker."""
 
 import ast
+import itertools
 import os
 import signal
 import subprocess
@@ -191,8 +192,10 @@ def test_a_slurm_task_saves_and_is_requeued(tmp_path, number, status, requeued):
     assert (calls.read_text() == "requeue 77\n") if requeued else not calls.exists()
 
 
-@pytest.mark.parametrize("method", ["bc", "pq_binary", "pq_ternary"])
-@pytest.mark.parametrize("regime", ["published", "common"])
+@pytest.mark.parametrize(
+    ("method", "regime"),
+    [*itertools.product(("bc", "pq_binary", "pq_ternary"), ("published", "common")), ("pq_binary", "tuned")],
+)
 @pytest.mark.parametrize("shorter", [1, 10, 25, 60])
 def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter):
     """The summed strength, counted step by step from the command line's own arguments."""
@@ -214,7 +217,7 @@ def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter):
         assert "--reg_rate" not in found
     else:
         expected = 0.01 * 1e-4 * (391 * 200 * 199 / 2 if method == "pq_binary" else 196 * 400 * 399 / 2)
-        assert pull(found) == pytest.approx(expected, rel=1e-3)
+        assert pull(found) == pytest.approx(expected / 16 if regime == "tuned" else expected, rel=1e-3)
 
 
 def test_the_whole_study(tmp_path, tiny_data):
@@ -233,7 +236,10 @@ def test_the_whole_study(tmp_path, tiny_data):
     assert "about 0.0 hours" in again.stdout
 
 
-@pytest.mark.parametrize(("name", "value"), [("SCHEDULE", "shrt"), ("METHODS", "bc lazzy"), ("REGIMES", "comon"), ("SHORTER", "0")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SCHEDULE", "shrt"), ("METHODS", "bc lazzy"), ("REGIMES", "comon"), ("REGIMES", "tuned"), ("SHORTER", "0")],
+)
 def test_a_study_that_cannot_be_is_refused_at_once(tmp_path, name, value):
     done = run("reproduce.sh", env=environment(tmp_path, tmp_path, **{"SCHEDULE": "short", name: value}))
     assert done.returncode == 2
