@@ -190,7 +190,8 @@ def _order(identity: dict[str, Any], run: Run) -> tuple:
     modes = [None, *quantize.MODES]
     place = modes.index(run.mode) if run.mode in modes else len(modes)
     family = [runs.natural_order(run.folder.parent), runs.natural_order(_family(run)[1])]
-    return identity["dataset"], depth(run), section_key(identity), place, identity["epochs"], family
+    # What was tuned on held-out images comes after what is measured on the test set.
+    return identity["dataset"], depth(run), bool(identity["holdout"]), section_key(identity), place, identity["epochs"], family
 
 
 def _schedules(sorted_runs: list[tuple[list[Run], dict[str, Any]]]) -> list[str]:
