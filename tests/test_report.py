@@ -197,6 +197,7 @@ def test_groups_are_those_of_equal_arguments(lines):
         ("sample", "8", "ProxQuant-binary", "0", "3"),
     }
     assert len(lines) == len(found)
+    assert [line["holdout"] for line in lines if line["data_set"] == "cifar10"][-1] == "5000"  # after the test set's figures
     schedule = line_of(lines, "ProxQuant-binary", "0 1 2 3")["schedule"]
     assert schedule == "6 epochs, freeze 4, batch 128, Adam 0.01 -> 0.001@3, reg_rate 0.07, bf16"
     assert "Adam 0.1 -> 0.01@3" in line_of(lines, "ProxQuant-binary", "4")["schedule"]
