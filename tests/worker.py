@@ -9,9 +9,12 @@ left at the end are in OUT/threads-RANK.
 """
 
 import atexit
+import contextlib
+import gc
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -72,12 +75,25 @@ def train(out: Path, rank: int, arguments: list[str]) -> int:
 
 
 def note_threads(file: Path) -> None:
-    file.write_text(" ".join((task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()))
+    """Writes the threads' names; the kernel may show one of gloo's for a moment after it was joined."""
+    deadline = time.monotonic() + 5
+    while "gloo" in (names := threads()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    file.write_text(names)
+
+
+def threads() -> str:
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # one that has just ended
+            names.append((task / "comm").read_text().strip())
+    return " ".join(names)
 
 
 def main() -> int:
     out, task, *arguments = sys.argv[1:]
     processes = distributed.here()
+    gc.disable()  # the program itself must let go of what keeps threads, not a collection that happens to come
     atexit.register(note_threads, Path(out).absolute() / f"threads-{processes.share.rank}")
     if task == "apart":
         os.chdir(Path(out) / str(processes.share.rank))

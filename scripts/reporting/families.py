@@ -8,7 +8,7 @@ import numpy as np
 from reporting.groups import Group
 from reporting.tables import Section
 
-# Colours of Okabe and Ito, which colour-blind eyes tell apart; markers and lines do in grey print.
+# Colours of Okabe and Ito, then of Tol, which colour-blind eyes tell apart; markers and lines do in grey print.
 _STYLES = {None: ("#000000", "D", "-"), "lazy": ("#D55E00", "s", "-"), "prox": ("#0072B2", "o", "--"),
            "prox_ternary": ("#009E73", "^", "-.")}  # fmt: skip
 _MORE_STYLES = (("#CC79A7", "v", ":"), ("#E69F00", "P", "-"), ("#56B4E9", "X", "--"), ("#332288", "h", "-."), ("#999933", "<", ":"),
