@@ -185,7 +185,8 @@ def build_parser(
         "where the hardware computes it natively (default: auto)")  # fmt: skip
     add("--compile", type=_word_from(("auto", "on", "off")), default="auto", metavar="NAME",
         help="compile the network for training (torch.compile): on, off, or auto: on a CPU with a C++ compiler if the run is "
-        "long enough to gain (default: auto)")  # fmt: skip
+        "long enough to gain; without CUDA graphs, which --capture is for (default: auto)")  # fmt: skip
+    add("--capture", action="store_true", help="record a training step as a CUDA graph and replay it: for small networks on a GPU")
     add("--tf32", action="store_true", help="let CUDA round fp32 products to TF32: faster, not exact")
     add("--deterministic", action="store_true", help="bit-identical repetitions on CUDA too, at some cost; the CPU's always are")
     add("--sync_bn", action="store_true", help="several GPUs: BatchNorm statistics over the whole batch, not each GPU's share")

@@ -18,6 +18,7 @@ from state import State
 from utils import Meter, Precision
 
 Network = Callable[[Tensor], Tensor]
+Step = Callable[[Tensor, Tensor, float], None]  # images, labels, weight
 
 
 class Diverged(Exception):
@@ -86,10 +87,10 @@ class Progress:
 def train_step(
     network: Network,
     optimizer: ProjectedOptimizer,
-    images: Tensor,
-    labels: Tensor,
     precision: Precision,
     meter: Meter,
+    images: Tensor,
+    labels: Tensor,
     weight: float = 1.0,
 ) -> None:
     """One step on one batch. Nothing in here waits for the device.
@@ -106,13 +107,11 @@ def train_step(
         meter.update(logits, labels, loss)
 
 
-def train(
-    state: State, network: Network, batches: Batches, precision: Precision, between_steps: Callable[[], None], progress: Progress
-) -> None:
+def train(state: State, step: Step, batches: Batches, between_steps: Callable[[], None], progress: Progress) -> None:
     """Trains on an epoch's batches from ``state.step`` on, and keeps ``state`` up to date.
 
-    ``network`` is ``state.model``, or a compiled form of it. ``between_steps`` is called after each step, when ``state`` can be
-    saved; what it raises ends the epoch there.
+    ``step(images, labels, weight)`` makes one step, see ``train_step``. ``between_steps`` is called after each, when ``state``
+    can be saved; what it raises ends the epoch there.
 
     Raises:
         Diverged: if the loss is not finite.
@@ -121,8 +120,7 @@ def train(
     try:
         for images, labels in batches.epoch(state.epoch, state.step):
             samples = min(batches.batch_size, batches.samples - state.step * batches.batch_size)
-            weight = batches.share.weight(samples)
-            train_step(network, state.optimizer, images, labels, precision, state.meter, weight)
+            step(images, labels, batches.share.weight(samples))
             state.step += 1
             progress.step()
             between_steps()

@@ -20,6 +20,7 @@ The same command given again continues an unfinished run. ``--help`` explains ev
 """
 
 import ast
+import functools
 import logging
 import sys
 import time
@@ -32,6 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import captured
 import checkpoints
 import cli
 import data
@@ -61,6 +63,7 @@ class Job:
     precision: utils.Precision
     processes: distributed.Processes
     network: nn.Module
+    captured_step: captured.CapturedStep | None
     stop: loops.StopSignals
 
 
@@ -77,7 +80,10 @@ def main(argv: list[str] | None = None) -> int:
             run.finish()
             log.info(f"{run.folder}: complete, all {args.epochs} epochs are trained")
             return 0
-        if len(args.gpus) > 1 and utils.count_gpus(args.device) and not distributed.started_by_torchrun():
+        gpus = utils.count_gpus(args.device)
+        if args.capture:
+            captured.check_place(gpus > 0, processes.several or len(args.gpus) > 1)
+        if len(args.gpus) > 1 and gpus and not distributed.started_by_torchrun():
             return distributed.launch([__file__, *(sys.argv[1:] if argv is None else argv)], len(args.gpus))
         utils.keep_freed_memory()
         device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed, processes.local)
@@ -122,8 +128,10 @@ def train(args: Namespace, warnings: list[str], run: runs.Run, device: torch.dev
 
     mode = quantize.MODES.get(args.projection_mode, quantize.FULL_PRECISION)
     regime = regimes.resolve_regime(args, model.regime, projected=args.projection_mode is not None)
+    if args.capture:
+        captured.check_regime(regime)
     base_optimizer = regimes.build_optimizer(model.parameters(), regimes.settings_at(regime, args.start_epoch))
-    optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode)
+    optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode, capturable=args.capture)
     start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
     state = State(model, optimizer, start_signs, utils.Meter(device, processes.total), args.start_epoch)
     steps = (args.epochs - args.start_epoch) * len(sets.train)
@@ -146,8 +154,13 @@ def train(args: Namespace, warnings: list[str], run: runs.Run, device: torch.dev
         if not processes.alike(state.epoch, state.step):
             raise UsageError(f"--results_dir: the processes do not all see the same {run.folder}; several machines must share it")
         part = processes.share.part(0, args.batch_size)
-        network = utils.CompiledNetwork(model, device, part.stop - part.start) if state.compiled else model
-        job = Job(args, run, sets, mode, regime, device, precision, processes, network, loops.StopSignals())
+        network = utils.CompiledNetwork(model, part.stop - part.start) if state.compiled else model
+        captured_step = None
+        if args.capture:
+            regimes.make_capturable(optimizer.base_optimizer, device)
+            step = functools.partial(loops.train_step, network, optimizer, precision, state.meter)
+            captured_step = captured.CapturedStep(step, optimizer, args.batch_size)
+        job = Job(args, run, sets, mode, regime, device, precision, processes, network, captured_step, loops.StopSignals())
         describe(job, state)
         tb_dir = Path(args.tb_dir) if args.tb_dir else run.folder / "tb"
         purged_from = 0 if run.state is None else state.epoch + 1
@@ -184,8 +197,10 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
     try:
         words = f"epoch {state.epoch + 1}/{args.epochs}"
         progress = loops.Progress(words, job.sets.train, state, args.print_freq, shown=job.processes.first)
-        network = job.processes.averaging(job.network)
-        loops.train(state, network, job.sets.train, job.precision, lambda: between_steps(job, state), progress)
+        step = job.captured_step or functools.partial(
+            loops.train_step, job.processes.averaging(job.network), optimizer, job.precision, state.meter
+        )
+        loops.train(state, step, job.sets.train, lambda: between_steps(job, state), progress)
         job.processes.align_buffers(state.model)
         row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength if optimizer.projecting else 0.0}
         row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
@@ -218,10 +233,16 @@ def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:
     """The optimizer and the strength of an epoch."""
     optimizer = state.optimizer
     kind = regimes.OPTIMIZERS[settings["optimizer"]]
-    if job.args.keep_optimizer_state and type(optimizer.base_optimizer) is kind:
+    kept = job.args.keep_optimizer_state
+    in_place = kept or job.captured_step is not None  # a recording finds the state where it was
+    if in_place and type(optimizer.base_optimizer) is kind:
         regimes.update_settings(optimizer.base_optimizer, settings)
+        if not kept:
+            regimes.zero_state(optimizer.base_optimizer)
     else:  # a new one at each epoch, as published: moments and momentum start from zero
         optimizer.base_optimizer = regimes.build_optimizer(state.model.parameters(), settings)
+        if job.captured_step is not None:
+            regimes.make_capturable(optimizer.base_optimizer, job.device)
     if optimizer.projecting:
         strength = job.mode.strength(job.args.rate, state.epoch)
         if job.args.adjust_reg and settings["lr"]:
@@ -327,6 +348,7 @@ def describe(job: Job, state: State) -> None:
     args, sets = job.args, job.sets
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
     computed = f"{job.precision.name} ({job.precision.reason}){', compiled' if state.compiled else ''}"
+    computed += ", captured" if job.captured_step else ""
     place = f"{job.processes.share.count} processes, the first on {job.device}" if job.processes.several else str(job.device)
     log.info(f"run: {job.run.folder} on {place}, {computed}, seed {args.seed}")
     log.info(f"data: {sets.source}; {sets.train.samples} training and {sets.validation.samples} validation images")

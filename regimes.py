@@ -32,6 +32,8 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
         torch.optim.Rprop,
     )
 }
+# Those that torch has in a fused form: a few kernels for all parameters, which also read the learning rate from the device.
+FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 # Arguments that choose an implementation or an objective, not a schedule.
 _NOT_SETTINGS = {"self", "params", "foreach", "fused", "capturable", "differentiable", "maximize", "decoupled_weight_decay"}
 
@@ -110,15 +112,45 @@ def build_optimizer(parameters: Iterable[torch.Tensor], settings: dict[str, Any]
     """A new optimizer over the parameters, in torch's fused form where it has one."""
     kind = OPTIMIZERS[settings["optimizer"]]
     arguments = {name: value for name, value in settings.items() if name != "optimizer"}
-    if kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+    if kind in FUSED:
         arguments["fused"] = True
     return kind(list(parameters), **arguments)
 
 
-def update_settings(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
-    """New settings for an optimizer that keeps its state."""
+def capturable(settings: dict[str, Any]) -> bool:
+    """Whether the steps of an optimizer with these settings can be captured, and its state be made new by zeros."""
+    return OPTIMIZERS[settings["optimizer"]] in FUSED and not settings.get("dampening")
+
+
+def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Puts the learning rates on the device, where a captured step reads them; to be done again after ``load_state_dict``.
+
+    One tensor for all groups of one rate, which is then known to be one without a look at its value.
+    """
+    rates: dict[float, torch.Tensor] = {}
     for group in optimizer.param_groups:
-        group.update({name: value for name, value in settings.items() if name != "optimizer"})
+        rate = float(group["lr"])
+        group["lr"] = rates.setdefault(rate, torch.tensor(rate, dtype=torch.float32, device=device))
+        if "capturable" in group:
+            group["capturable"] = True
+
+
+def update_settings(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
+    """New settings for an optimizer that keeps its state. A tensor keeps its place in memory."""
+    for group in optimizer.param_groups:
+        for name, value in settings.items():
+            if isinstance(group.get(name), torch.Tensor):
+                group[name].fill_(value)
+            elif name != "optimizer":
+                group[name] = value
+
+
+@torch.no_grad()
+def zero_state(optimizer: torch.optim.Optimizer) -> None:
+    """The state of a new optimizer, in the memory of the old one; for those that are ``capturable``."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.zero_()
 
 
 def _accepted(optimizer: str) -> dict[str, Any]:

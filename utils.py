@@ -128,12 +128,11 @@ class CompiledNetwork(nn.Module):
     The smaller last batch of an epoch would cost a second compilation for a few milliseconds of gain.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, batch_size: int) -> None:
         super().__init__()
         self.model, self._batch_size = model, batch_size
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
-        mode = "reduce-overhead" if device.type == "cuda" else None  # CUDA graphs
-        self._compiled = [torch.compile(model, dynamic=False, mode=mode)]  # in a list: not a second copy of the parameters
+        self._compiled = [torch.compile(model, dynamic=False)]  # in a list: not a second copy of the parameters
 
     def forward(self, images: Tensor) -> Tensor:
         """``(N, 3, H, W)`` images to ``(N, classes)`` logits."""
@@ -169,8 +168,7 @@ class Meter:
     """
 
     def __init__(self, device: torch.device, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, top-1 hits, top-5 hits
-        self._samples = 0
+        self._counts = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1 hits, top-5 hits, samples
         self._total = total
 
     @torch.no_grad()
@@ -178,8 +176,8 @@ class Meter:
         """Counts a batch: ``(N, classes)`` logits, ``(N,)`` labels and their mean loss. With under 5 classes top-5 is all."""
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
-        self._sums += torch.stack([loss.double() * len(labels), hits[:, 0].sum(), hits.sum()])
-        self._samples += len(labels)
+        self._counts[:3] += torch.stack([loss.double() * len(labels), hits[:, 0].sum(), hits.sum()])
+        self._counts[3] += len(labels)
 
     def read(self) -> dict[str, float]:
         """``loss`` (mean cross-entropy), ``error1`` and ``error5`` (percent); NaN before the first sample."""
@@ -191,16 +189,13 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far, over all processes."""
-        counts = torch.cat([self._sums, self._sums.new_tensor([self._samples])])
-        *sums, samples = self._total(counts).tolist()
+        *sums, samples = self._total(self._counts).tolist()
         return {"sums": sums, "samples": int(samples)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a ``state_dict``; of several processes only one may, since its counts are all of theirs."""
-        self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        self._samples = state["samples"]
+        self._counts.copy_(torch.tensor([*state["sums"], state["samples"]], dtype=torch.float64))
 
     def reset(self) -> None:
         """Forgets everything."""
-        self._sums.zero_()
-        self._samples = 0
+        self._counts.zero_()

@@ -23,6 +23,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             several times within a step (LBFGS) is not supported.
         named_parameters: the parameters to quantize, as ``(name, parameter)``; usually ``mode.select(model)``.
         mode: one of ``quantize.MODES``, or your own.
+        capturable: True keeps the strength on the parameters' device, so that a step recorded as a CUDA graph follows
+            ``set_strength``. The base optimizer must be capturable too, its learning rates tensors on that device.
 
     Raises:
         ValueError: if there is nothing to quantize, a name or a parameter comes twice, a parameter is not one of the base
@@ -30,7 +32,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, base_optimizer: torch.optim.Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]], mode: ProjectionMode
+        self,
+        base_optimizer: torch.optim.Optimizer,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        mode: ProjectionMode,
+        capturable: bool = False,
     ) -> None:
         # torch.optim.Optimizer.__init__ is left out: param_groups, state and defaults are the base optimizer's own.
         named = list(named_parameters)
@@ -40,8 +46,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._parameters = dict(named)
         self._showing_quantized = False
         self.base_optimizer = base_optimizer
-        self._buckets = [_Bucket(group) for group in _by_device_and_dtype(named)]
-        self._strength = 0.0
+        self._buckets = [_Bucket(group, capturable) for group in _by_device_and_dtype(named)]
         self.set_strength(mode.default_rate)
 
     # What users of a torch optimizer expect.
@@ -105,7 +110,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if not (math.isfinite(strength) and strength >= 0):
             raise ValueError(f"the strength of a projection is a finite number >= 0, not {strength}")
         self._refuse_while_quantized("set_strength()")
-        self._strength = float(strength)
+        self._hold(float(strength))
         self._show()
 
     @torch.no_grad()
@@ -227,7 +232,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if state_dict["frozen"]:
             self._end_projection()
         self._base_optimizer.load_state_dict(state_dict["base_optimizer"])
-        self._strength = state_dict["strength"]
+        self._hold(state_dict["strength"])
         if self.mode.latent_apart and not self.frozen:
             for bucket in self._buckets:
                 for name, view in bucket.latent_views():
@@ -235,6 +240,11 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self._show()
 
     # Inside.
+
+    def _hold(self, strength: float) -> None:
+        self._strength = strength
+        for bucket in self._buckets:
+            bucket.hold(strength)
 
     @torch.no_grad()
     def _show(self) -> None:
@@ -245,13 +255,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _project(self, bucket: "_Bucket") -> Tensor:
         """The proximal operator at this step's strength."""
-        strength: float | Tensor = self._strength
+        strength = bucket.strength
         if self.mode.scaled_by_lr:
             rates = [self.param_groups[self._group_of[id(parameter)]]["lr"] for parameter in bucket.parameters]
-            if all(rate is rates[0] or rate == rates[0] for rate in rates):
-                strength = self._strength * rates[0]
+            if all(rate is rates[0] or (not isinstance(rate, Tensor) and rate == rates[0]) for rate in rates):
+                strength = strength * rates[0]
             else:
-                strength = bucket.layout.spread([self._strength * float(rate) for rate in rates], bucket.rows)
+                on_device = [torch.as_tensor(rate, dtype=torch.float64, device=bucket.rows.device) for rate in rates]
+                strength = bucket.layout.spread(strength * torch.stack(on_device), bucket.rows)
         if isinstance(strength, float) and strength == 0:
             return bucket.rows
         return bucket.layout.apply(self.mode.prox, bucket.rows, strength, together=self.mode.side_by_side)
@@ -282,14 +293,28 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
 
 class _Bucket:
-    """Quantized parameters of one device and dtype, with their rows in one matrix: the latent weights, or working space."""
+    """Quantized parameters of one device and dtype, with their rows in one matrix: the latent weights, or working space.
 
-    def __init__(self, named: Sequence[tuple[str, nn.Parameter]]) -> None:
+    Attributes:
+        strength: of the projection, before the learning rate scales it; a tensor on the device where that is asked for.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], strength_on_device: bool) -> None:
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
         self.layout = SideBySide(self.parameters)
         self.rows = self.layout.empty(self.parameters[0])
+        self.strength: float | Tensor = 0.0
+        if strength_on_device:
+            self.strength = torch.zeros((), dtype=torch.float64, device=self.rows.device)
         self.load()
+
+    def hold(self, strength: float) -> None:
+        """Takes a new strength."""
+        if isinstance(self.strength, Tensor):
+            self.strength.fill_(strength)
+        else:
+            self.strength = strength
 
     @torch.no_grad()
     def load(self) -> None:

@@ -81,7 +81,7 @@ class SideBySide:
         Args:
             function: a quantizer or proximal operator of one tensor.
             rows: the tensors, as a matrix of this layout.
-            arguments: numbers, or columns made by ``spread``.
+            arguments: numbers, tensors of no dimension, or columns made by ``spread``.
             together: True calls ``function`` once on the whole matrix with ``within=self``; False calls it tensor by tensor.
         """
         if together:
@@ -89,7 +89,7 @@ class SideBySide:
         result = torch.zeros_like(rows)
         starts = [offset // self.ROW for _, _, offset in self._layout]
         for start, tensor, place in zip(starts, self.views(rows), self.views(result), strict=True):
-            own = [argument[start, 0] if isinstance(argument, Tensor) else argument for argument in arguments]
+            own = [argument[start, 0] if isinstance(argument, Tensor) and argument.dim() else argument for argument in arguments]
             place.copy_(function(tensor, *own))
         return result
 

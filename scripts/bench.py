@@ -8,6 +8,7 @@ floor:        the network's convolutions alone, forward and backward, in the sam
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import batches
+import captured
 import loops
 import quantize
 import regimes
@@ -63,19 +65,25 @@ class Setting:
         torch.manual_seed(0)
         return resnet(depth=self.depth).to(self.device, memory_format=memory_format).train()
 
-    def optimizer(self, model: nn.Module, mode_name: str) -> quantize.ProjectedOptimizer:
+    def optimizer(self, model: nn.Module, mode_name: str, capture: bool = False) -> quantize.ProjectedOptimizer:
         mode = quantize.MODES.get(mode_name, quantize.FULL_PRECISION)
-        optimizer = quantize.ProjectedOptimizer(regimes.build_optimizer(model.parameters(), ADAM), mode.select(model), mode)
+        base = regimes.build_optimizer(model.parameters(), ADAM)
+        if capture:
+            regimes.make_capturable(base, self.device)
+        optimizer = quantize.ProjectedOptimizer(base, mode.select(model), mode, capturable=capture)
         optimizer.set_strength(STRENGTH[mode_name])
         return optimizer
 
 
-def ours(setting: Setting, mode_name: str, compiled: bool = False) -> Step:
+def ours(setting: Setting, mode_name: str, compiled: bool = False, capture: bool = False) -> Step:
     """A step of main_binary_reg.py."""
     model = setting.network()
-    optimizer, meter, source = setting.optimizer(model, mode_name), utils.Meter(setting.device), setting.batches()
-    network = utils.CompiledNetwork(model, setting.device, setting.batch_size) if compiled else model
-    return lambda: loops.train_step(network, optimizer, *next(source), setting.precision, meter)
+    optimizer, meter, source = setting.optimizer(model, mode_name, capture), utils.Meter(setting.device), setting.batches()
+    network = utils.CompiledNetwork(model, setting.batch_size) if compiled else model
+    step = functools.partial(loops.train_step, network, optimizer, setting.precision, meter)
+    if capture:
+        step = captured.CapturedStep(step, optimizer, setting.batch_size)
+    return lambda: step(*next(source), 1.0)
 
 
 def conventional(setting: Setting) -> Step:
@@ -162,7 +170,7 @@ def floor(setting: Setting) -> Step:
 def interleaved(setting: Setting, steps: dict[str, Step], rounds: int, block: int) -> dict[str, list[float]]:
     """Seconds of each contender's steps; rounds of small blocks, so that a noisy moment hits all of them."""
     for step in steps.values():
-        for _ in range(3):
+        for _ in range(captured.WARM_UP + 1):  # a recording is made by the last of them
             step()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -281,6 +289,10 @@ def report_speed(
         steps |= {f"ours {mode} {precision}": ours(setting, mode) for mode in STRENGTH}
         if compiled:
             steps[f"ours prox compiled {precision}"] = ours(setting, "prox", compiled=True)
+        if device.type == "cuda":
+            steps |= {f"ours {mode} captured {precision}": ours(setting, mode, capture=True) for mode in STRENGTH}
+            if compiled:
+                steps[f"ours prox compiled captured {precision}"] = ours(setting, "prox", compiled=True, capture=True)
         steps[f"floor {precision}"] = floor(setting)
     found = interleaved(settings["fp32"], steps, rounds, block)
     table = {name: figures(seconds, 128) for name, seconds in found.items()}

@@ -106,13 +106,19 @@ def test_twenty_steps_are_the_transcription(mode_name, optimizer_name):
             )
 
 
+@pytest.mark.parametrize("capturable", [False, True], ids=["numbers", "tensors"])
 @pytest.mark.parametrize("mode_name", ["prox", "prox_ternary"])
-def test_each_group_is_pulled_at_its_own_learning_rate(mode_name):
+def test_each_group_is_pulled_at_its_own_learning_rate(mode_name, capturable):
     model = network()
     first, *rest = model.parameters()
     inner = model[3].weight
     groups = [{"params": [first]}, {"params": [inner], "lr": 0.5}, {"params": [p for p in rest if p is not inner]}]
-    optimizer = wrap(model, mode_name, torch.optim.SGD(groups, lr=0.01))
+    base = torch.optim.SGD(groups, lr=0.01)
+    if capturable:
+        for group in base.param_groups:
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+    mode = quantize.MODES[mode_name]
+    optimizer = quantize.ProjectedOptimizer(base, mode.select(model), mode, capturable=capturable)
     optimizer.set_strength(0.3)
     before = {name: parameter.detach().numpy().copy() for name, parameter in quantize.MODES[mode_name].select(model)}
     for parameter in model.parameters():
@@ -313,7 +319,8 @@ def test_parameters_of_two_dtypes():
         assert set(parameter.unique().tolist()) == {-1.0, 1.0}
 
 
-def test_a_mode_of_ones_own_is_one_object():
+@pytest.mark.parametrize("capturable", [False, True], ids=["numbers", "tensors"])
+def test_a_mode_of_ones_own_is_one_object(capturable):
     def prox_to_zero(w, strength):
         return w.sign() * (w.abs() - strength).clamp(min=0) + 0 * w.median()  # a function of one tensor
 
@@ -322,7 +329,9 @@ def test_a_mode_of_ones_own_is_one_object():
     )
     model = network()
     before = weights(model)
-    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), mode.select(model), mode)
+    rate = torch.tensor(0.1, dtype=torch.float64) if capturable else 0.1
+    base = torch.optim.SGD(model.parameters(), lr=rate)
+    optimizer = quantize.ProjectedOptimizer(base, mode.select(model), mode, capturable=capturable)
     optimizer.set_strength(mode.strength(0.1, epoch=2))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -46,7 +46,7 @@ def gradients(processes: distributed.Processes) -> dict[str, torch.Tensor]:
     source, found = batches.TrainingBatches(split, 7, 0, CPU, share=processes.share), {}
     for step, (images, labels) in enumerate(source.epoch(0)):
         weight = processes.share.weight((7, 1)[step])
-        loops.train_step(network, optimizer, images.double(), labels, utils.Precision("fp32", "cpu"), meter, weight)
+        loops.train_step(network, optimizer, utils.Precision("fp32", "cpu"), meter, images.double(), labels, weight)
         found |= {f"{step} {name}": parameter.grad for name, parameter in model.named_parameters()}
         found |= {f"{step} {name} after": parameter.detach().clone() for name, parameter in model.named_parameters()}
     return found | {"meter": torch.tensor(list(meter.read().values()), dtype=torch.float64)}

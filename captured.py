@@ -1,0 +1,118 @@
+"""A training step as one CUDA graph: recorded once, then replayed without Python and without a launch for every kernel.
+
+A small network's step is hundreds of short kernels, which a GPU runs faster than Python can launch them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import regimes
+from errors import UsageError
+from loops import Step
+from quantize import ProjectedOptimizer
+
+Replay = Callable[[], None]
+WARM_UP = 3  # steps before a recording: libraries choose their algorithms, the optimizer makes its state
+
+
+class CapturedStep:
+    """Makes the same steps as ``step``: a few as they are, then by replaying a recording of one.
+
+    A recording is good until the optimizer drops parameters (the freeze) or its settings change, but for the learning rate and
+    the strength: those are tensors on the device, which a replay reads. A batch of another size, the smaller last one of an
+    epoch, is not recorded.
+
+    Args:
+        step: one training step, as ``loops.train_step``; nothing in it may wait for the device.
+        optimizer: that it steps; capturable, see ``ProjectedOptimizer`` and ``regimes.make_capturable``.
+        batch_size: of the batches to be replayed.
+        record: turns a function of no arguments into its replay, without running it.
+        aside: makes the context that each step before a recording runs in.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        optimizer: ProjectedOptimizer,
+        batch_size: int,
+        record: Callable[[Callable[[], None]], Replay] | None = None,
+        aside: Callable[[], contextlib.AbstractContextManager] | None = None,
+    ) -> None:
+        self._step, self._optimizer, self._batch_size = step, optimizer, batch_size
+        self._record, self._aside = record or record_graph, aside or side_stream()
+        self._recorded_with: tuple[Any, ...] | None = None
+        self._warm = 0
+        self._replay: Replay | None = None
+
+    def __call__(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> None:
+        """One step; ``(N, 3, H, W)`` images and ``(N,)`` labels on the device. ``weight`` is 1: nobody else has a share."""
+        if len(images) != self._batch_size:
+            self._step(images, labels, weight)
+            return
+        if self._recorded_with != self._settings():
+            self._recorded_with, self._warm, self._replay = self._settings(), 0, None
+        if self._replay is None and self._warm < WARM_UP:
+            self._warm += 1
+            with self._aside():
+                self._step(images, labels, weight)
+            return
+        if self._replay is None:
+            self._images, self._labels = images.clone(), labels.clone()  # clone keeps channels_last
+            self._replay = self._record(lambda: self._step(self._images, self._labels, weight))
+        self._images.copy_(images)
+        self._labels.copy_(labels)
+        self._replay()
+
+    def _settings(self) -> tuple[Any, ...]:
+        """What a recording holds: plain values, and the places of the learning rates."""
+        base = self._optimizer.base_optimizer
+        groups = [
+            (len(group["params"]), group["lr"].data_ptr(), *(group[name] for name in group if name not in ("params", "lr")))
+            for group in base.param_groups
+        ]
+        return base, self._optimizer.frozen, *groups
+
+
+def record_graph(run: Callable[[], None]) -> Replay:
+    """Records what ``run`` does on the GPU as a CUDA graph, without doing it."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: threads that load data may go on allocating.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
+
+
+def side_stream() -> Callable[[], contextlib.AbstractContextManager]:
+    """A context on a CUDA stream of its own, as torch wants it for the steps before a recording; to be entered many times."""
+    stream = torch.cuda.Stream()
+
+    @contextlib.contextmanager
+    def aside() -> Iterator[None]:
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            yield
+        torch.cuda.current_stream().wait_stream(stream)
+
+    return aside
+
+
+def check_place(gpu: bool, several: bool) -> None:
+    """Raises UsageError where no run's steps can be captured: without a GPU, and with several processes."""
+    if not gpu:
+        raise UsageError("--capture: CUDA graphs need a GPU, and this run has none")
+    if several:
+        raise UsageError("--capture: a step that several processes share cannot be captured; one GPU is accepted")
+
+
+def check_regime(regime: regimes.Regime) -> None:
+    """Raises UsageError at the first epoch whose optimizer's steps cannot be captured."""
+    for epoch in regime:
+        settings = regimes.settings_at(regime, epoch)
+        if not regimes.capturable(settings):
+            kinds = ", ".join(kind.__name__ for kind in regimes.FUSED)
+            what = settings["optimizer"] + (" with dampening" if settings.get("dampening") else "")
+            raise UsageError(f"--capture: {what} (epoch {epoch}) cannot be captured; {kinds} without dampening can")
