@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from reporting import groups, pictures, runs, tables, text
 
+import data
 from errors import UsageError
 from files import write_text, write_whole
 
@@ -40,11 +41,11 @@ def read_runs(paths: list[Path]) -> list[runs.Run]:
 
 
 def notes(given: list[str]) -> tables.Note:
-    """What --data_note says: ``NAME=TEXT`` of one data set, ``TEXT`` of all others."""
+    """What --data_note says: ``NAME=TEXT`` of one data set, ``TEXT`` (which may have a = too) of all others."""
     by_name = {}
     for one in given:
-        name, sign, words = one.partition("=")
-        by_name[name if sign else None] = words if sign else one
+        name, _, words = one.partition("=")
+        by_name |= {name: words} if name in data.DATASETS else {None: one}
     return lambda dataset: by_name.get(dataset, by_name.get(None))
 
 

@@ -202,6 +202,7 @@ def test_groups_are_those_of_equal_arguments(lines):
     schedule = line_of(lines, "ProxQuant-binary", "0 1 2 3")["schedule"]
     assert schedule == "6 epochs, freeze 4, batch 128, Adam 0.01 -> 0.001@3, reg_rate 0.07, bf16"
     assert "Adam 0.1 -> 0.01@3" in line_of(lines, "ProxQuant-binary", "4")["schedule"]
+    assert {line["paper_error"] == "" for line in lines if line["holdout"] == "5000"} == {True}
     noted = {line["data_set"]: line["data_note"] for line in lines}
     assert noted == {"cifar10": "JPEG copy", "sample": ""}
 
@@ -252,7 +253,8 @@ def test_paired_differences(out):
     other = by_pair["final error", "ProxQuant-binary", "BinaryConnect", "0"]  # seed 4 of the other schedule has no partner
     assert (other["same_schedule"], other["first_minus_second"]) == ("False", "")
     # Held-out images and another data set are never set against the test set of CIFAR-10.
-    assert len(found) == 4 * 3 // 2 + 3
+    # Signs are compared where the same layers are quantized: BinaryConnect with each of two groups of ProxQuant-binary.
+    assert len(found) == 4 * 3 // 2 + 2
 
 
 def test_verdicts():
@@ -287,6 +289,8 @@ def test_the_text(out, study):
     places = [words.index(word) for word in order]
     assert places == sorted(places)
     assert "cifar10 (JPEG copy), ResNet-20" in words
+    assert "| 17.65 | 2 seeds, 17.40, 17.90: too few for an interval | 8.40 (0.13) |" in words
+    assert "| 40.50 | 1 seed: nothing is known of the spread | - |" in words
     assert "| ResNet-56 | the paper's | 6.54 | 7.97 (0.22) | 7.70 (0.06) | 6.44 | 6.71 (0.20) |" in words
     assert "--data_dir secret/Datasets --resume=results/fp_run_0 --model_config \"{'depth': 20}\" --seed 0" in words
     assert "    python main_binary_reg.py --save" in words
@@ -295,6 +299,28 @@ def test_the_text(out, study):
         assert b"/somewhere" not in content
         assert b"/home" not in content
         assert str(study.parent).encode() not in content
+
+
+def test_without_seeds_enough_one_sentence_is_the_verdict(study, tmp_path):
+    done = run_report(study / "lazy_run_0", study / "prox_run_0", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = (tmp_path / "report.md").read_text().split("## Before you believe it")[0]
+    assert "No two methods share the 3 seeds" in words
+    assert "too few seeds to say" not in words
+
+
+@pytest.mark.parametrize(
+    ("given", "of_cifar10", "of_others"),
+    [
+        (["cifar10=lossy", "clean"], "lossy", "clean"),
+        (["quality=75"], "quality=75", "quality=75"),
+        (["cifar10=quality=75"], "quality=75", None),
+        ([], None, None),
+    ],
+)
+def test_notes_on_data(given, of_cifar10, of_others):
+    note = report.notes(given)
+    assert (note("cifar10"), note("sample")) == (of_cifar10, of_others)
 
 
 def test_the_papers_table_is_the_contracts():

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import quantize
 from reporting.groups import Group
 from reporting.schedules import DATA, REGIME
 from reporting.statistics import ENOUGH, Difference, Spread, paired
@@ -59,9 +60,9 @@ class Section:
 
     @property
     def in_paper(self) -> bool:
-        """True where the paper has figures of this data set and network."""
+        """True where the paper has figures of this network on this data set's test images."""
         first = self.groups[0].identity
-        return first["dataset"] == "cifar10" and first["model"] == "resnet" and self.depth in PAPER
+        return first["dataset"] == "cifar10" and not first["holdout"] and first["model"] == "resnet" and self.depth in PAPER
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,20 @@ def sections(groups: Sequence[Group]) -> list[Section]:
 
 
 def compare(section: Section) -> list[Comparison]:
-    """Every pair of quantized groups by their errors, and BinaryConnect with ProxQuant by their changes of signs."""
+    """Every pair of quantized groups by their errors, and BinaryConnect with ProxQuant by their changes of signs.
+
+    Signs are compared between methods that quantize the same layers only: they change in some layers more than in others.
+    """
     pairs = list(itertools.combinations([group for group in section.groups if group.mode is not None], 2))
     found = [Comparison(b, a, "final error", paired(b.final_errors(), a.final_errors())) for a, b in pairs]
     for a, b in pairs:
-        if a.mode == "lazy" and b.method.startswith("ProxQuant"):
+        if a.mode == "lazy" and b.method.startswith("ProxQuant") and _same_layers(a, b):
             found.append(Comparison(b, a, "sign changes", paired(b.sign_changes(), a.sign_changes())))
     return found
+
+
+def _same_layers(a: Group, b: Group) -> bool:
+    return quantize.MODES[a.mode].select is quantize.MODES[b.mode].select
 
 
 def paper_figure(section: Section, group: Group) -> tuple[float, float | None] | None:

@@ -11,7 +11,7 @@ from reporting import tables
 from reporting.families import families
 from reporting.groups import Group, LeftOut, method_of
 from reporting.runs import Run, short_path
-from reporting.statistics import ENOUGH, Spread
+from reporting.statistics import ENOUGH
 from reporting.tables import NONE, Comparison, Note, Section
 
 _TEST_SET = (
@@ -20,7 +20,8 @@ _TEST_SET = (
 )
 _HELD_OUT = (
     "Runs with `--holdout` are validated on training images that were held out, not on the test set: their errors cannot be held "
-    "against those of runs on the test set. A warm start that was trained without the same `--holdout` has seen those images."
+    "against those of runs on the test set. A warm start that was trained without the same `--holdout` has seen those images. What "
+    "was chosen by these runs was chosen for the methods among them alone: the others have not been tuned."
 )
 _WARM_START = (
     "All seeds of a group start from the same full-precision network, the epoch of it that was best on the validation images. The "
@@ -54,7 +55,8 @@ _ERROR_TABLE = (
 _ALIKE = "Pairs that differ in the method (and its strength) alone."
 _SIGN_TABLE = (
     "Signs that differ from the warm start's, distance of the latent weights from ±1, and their relative distance from their hard "
-    "quantization: means over the quantized layers, then over seeds."
+    "quantization: means over the layers that the method quantizes (ProxQuant-ternary: all but the first and the last), then over "
+    "seeds."
 )
 _COMMANDS = (
     "The first seed's command of each group; the others differ in `--seed`, `--save` and `--tb_dir`. Of absolute paths the last "
@@ -103,18 +105,23 @@ def answer(
         for group in section.groups:
             final = group.spread(group.final_errors())
             paper = tables.mean_std(tables.paper_figure(section, group))
-            rows.append([group.number, group.method, f"{final.mean:.2f}", doubt(final), paper, group.schedule])
-        heads = ("#", "method", "error %", "how sure", "the paper's, on CIFAR-10 at 300 (ternary: 600) epochs", "schedule")
+            rows.append([group.number, group.method, f"{final.mean:.2f}", doubt(group), paper, group.schedule])
+        paper = "the paper's: CIFAR-10, 200 epochs, then 300 (ternary: 600); (std of 4 runs)"
+        heads = ("#", "method", "error %", "how sure", paper, "schedule")
         parts += [f"**{section.title(note)}**", tables.table(heads, rows), _verdicts(section, pairs)]
     if left_out:
         parts.append(f"Left out, or not as it should be: {len(left_out)} of the runs. The last list says which and why.")
     return "\n\n".join(part.rstrip() for part in parts if part)
 
 
-def doubt(found: Spread) -> str:
-    """How far a mean can be trusted."""
+def doubt(group: Group) -> str:
+    """How far the mean of a group's final errors can be trusted."""
+    errors = group.final_errors()
+    found = group.spread(errors)
+    if found.n == 1:
+        return "1 seed: nothing is known of the spread"
     if found.n < ENOUGH:
-        return f"{found.n} {'seed' if found.n == 1 else 'seeds'}: too few to say"
+        return f"{found.n} seeds, {', '.join(f'{error:.2f}' for error in errors.values())}: too few for an interval"
     return f"± {found.half_width:.2f} (95% interval, {found.n} seeds)"
 
 
@@ -123,6 +130,8 @@ def _verdicts(section: Section, pairs: Sequence[Comparison]) -> str:
     together = [{line.group.number for line in family.lines} for family in families(section)]
     chosen = [one for one in pairs if one.first.mode != one.second.mode]
     chosen = [one for one in chosen if any({one.first.number, one.second.number} <= numbers for numbers in together)]
+    if chosen and all(one.difference.n < ENOUGH for one in chosen):
+        return f"No two methods share the {ENOUGH} seeds that an interval takes: the differences are in the tables below."
     lines = [f"- {_sentence(one)}" for one in sorted(chosen, key=lambda one: not one.alike)]
     return "\n".join(["One group minus the other, over the seeds that both have:", "", *lines]) if lines else ""
 
