@@ -168,6 +168,7 @@ def test_figures_of_a_group(lines, out, mode, method):
     assert float(line["gap"]) == pytest.approx(errors.mean() - START)
     assert float(line["sign_change_at_freeze_percent_mean"]) == pytest.approx(100 * SIGNS[mode])
     assert float(line["binary_before_freeze_mean"]) == pytest.approx(0.125)
+    assert float(line["error_before_freeze_mean"]) == pytest.approx(errors.mean() - 0.5 + 2 - 5)  # an epoch before the best
     assert float(line["paper_error"]) == {"lazy": 9.54, "prox": 9.35, "prox_ternary": 8.40}[mode]
     assert line["data_note"] == "JPEG copy"
     assert line["n"] == str(len(errors))
@@ -290,7 +291,7 @@ def test_the_text(out, study):
     assert places == sorted(places)
     assert "cifar10 (JPEG copy), ResNet-20" in words
     assert "| 17.65 | 2 seeds, 17.40, 17.90: too few for an interval | 8.40 (0.13) |" in words
-    assert "| 40.50 | 1 seed: nothing is known of the spread | - |" in words
+    assert "| 40.50 | 1 seed: nothing is known of the spread | 6 epochs" in words  # held out: the paper's is not beside it
     assert "| ResNet-56 | the paper's | 6.54 | 7.97 (0.22) | 7.70 (0.06) | 6.44 | 6.71 (0.20) |" in words
     assert "--data_dir secret/Datasets --resume=results/fp_run_0 --model_config \"{'depth': 20}\" --seed 0" in words
     assert "    python main_binary_reg.py --save" in words

@@ -193,15 +193,16 @@ def comparison_table(found: Sequence[Comparison]) -> str:
 
 
 def sign_table(section: Section) -> str:
-    """Changes of signs and closeness to the levels, at the freeze and at the end."""
+    """Changes of signs, closeness to the levels, and the network just before the freeze, as it was trained until then."""
     rows = []
     for group in (group for group in section.groups if group.mode is not None):
         end = {seed: 100 * value for seed, value in group.at(group.epochs, "sign_change").items()}
         columns = [group.at(group.freeze_epoch, name) for name in ("binary", "quant_error")]
         signs = [mean_std_n(group.spread(values), 1) for values in (group.sign_changes(), end)]
-        rows.append([group.number, group.method, *signs, *(mean_std_n(group.spread(values), 3) for values in columns)])
+        before = mean_std_n(group.spread(group.at(group.freeze_epoch, "val_error1")))
+        rows.append([group.number, group.method, *signs, *(mean_std_n(group.spread(values), 3) for values in columns), before])
     heads = ("#", "method", "signs changed at the freeze %", "and at the end %", "distance from ±1 before the freeze",
-             "quantization error before the freeze")  # fmt: skip
+             "quantization error before the freeze", "error before the freeze, weights as they are, %")  # fmt: skip
     return table(heads, rows) if rows else ""
 
 
@@ -227,6 +228,7 @@ def groups_csv(found: Sequence[Section], note: Note) -> str:
             row |= _columns("sign_change_at_freeze_percent", group.spread(group.sign_changes()))
             for name in ("binary", "quant_error"):
                 row |= _columns(f"{name}_before_freeze", group.spread(group.at(group.freeze_epoch, name)))
+            row |= _columns("error_before_freeze", group.spread(group.at(group.freeze_epoch, "val_error1")))
             row |= {"paper_error": paper[0], "paper_std": paper[1], "runs": _list(run.name for run in group.runs)}
             rows.append(row)
     return _csv(rows)

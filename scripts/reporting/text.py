@@ -101,13 +101,13 @@ def answer(
         return "No run is finished yet: there is nothing to report but the list at the end."
     parts = ["Top-1 validation error of the final network (hard-quantized where a method quantizes), mean over seeds."]
     for section, pairs in zip(sections, comparisons, strict=True):
+        paper = ["the paper's: CIFAR-10, 200 epochs, then 300 (ternary: 600); (std of 4 runs)"] if section.in_paper else []
+        heads = ("#", "method", "error %", "how sure", *paper, "schedule")
         rows = []
         for group in section.groups:
             final = group.spread(group.final_errors())
-            paper = tables.mean_std(tables.paper_figure(section, group))
-            rows.append([group.number, group.method, f"{final.mean:.2f}", doubt(group), paper, group.schedule])
-        paper = "the paper's: CIFAR-10, 200 epochs, then 300 (ternary: 600); (std of 4 runs)"
-        heads = ("#", "method", "error %", "how sure", paper, "schedule")
+            figure = [tables.mean_std(tables.paper_figure(section, group))] if section.in_paper else []
+            rows.append([group.number, group.method, f"{final.mean:.2f}", doubt(group), *figure, group.schedule])
         parts += [f"**{section.title(note)}**", tables.table(heads, rows), _verdicts(section, pairs)]
     if left_out:
         parts.append(f"Left out, or not as it should be: {len(left_out)} of the runs. The last list says which and why.")
