@@ -15,46 +15,50 @@ _EACH_CHANNEL = (0, 2, 3)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """As ``nn.BatchNorm2d``: names, statistics and results, up to rounding. ``(N, C, H, W)`` to the same."""
+    """``nn.BatchNorm2d`` with its defaults: names, statistics and results, up to rounding. ``(N, C, H, W)`` to the same."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and torch.compiler.is_compiling() and x.device.type == "cpu"):
+        count = x.numel() // x.shape[1]
+        if not (self.training and torch.compiler.is_compiling() and x.device.type == "cpu" and count > 1):
             return super().forward(x)
-        y, mean, variance = normalize(x, self.weight, self.bias, self.running_mean, self.eps)
+        y, mean, variance = normalize(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
-            count = x.numel() / x.shape[1]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
             self.num_batches_tracked.add_(1)
         return y
 
 
-def normalize(x: Tensor, weight: Tensor, bias: Tensor, near_mean: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """``(x - mean) / sqrt(variance + eps) * weight + bias`` with each channel's mean and (biased) variance, and these two.
 
     Args:
-        x: ``(N, C, H, W)``; the result has its dtype.
+        x: ``(N, C, H, W)``; the result has its dtype. Sums are at least float32.
         weight, bias: ``(C,)``.
-        near_mean: ``(C,)``, whatever is known of the mean beforehand: the closer it is, the less does the variance round.
         eps: for channels that hardly vary.
     """
-    y, mean, variance, _ = _Normalize.apply(x, weight, bias, near_mean, eps)
+    y, mean, variance, _ = _Normalize.apply(x, weight, bias, eps)
     return y, mean, variance
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, near_mean: Tensor, eps: float) -> tuple[Tensor, ...]:
-        count = x.numel() / x.shape[1]
-        wide = x.to(weight.dtype)
-        deviation = wide - _spread(near_mean)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+        count = x.numel() // x.shape[1]
+        wide = _wide(x)
+        # Sums about a point near the mean: about 0 a small variance would be lost in the rounding of a large mean's square.
+        near = wide[0].mean((1, 2))
+        deviation = wide - _spread(near)
         shift = deviation.sum(_EACH_CHANNEL) / count
         # The mean square about any point, less the square of the mean's distance from it.
         variance = ((deviation * deviation).sum(_EACH_CHANNEL) / count - shift * shift).clamp(min=0)
-        mean = near_mean + shift
+        mean = near + shift
         inverse = torch.rsqrt(variance + eps)
-        scale = weight * inverse
-        return (wide * _spread(scale) + _spread(bias - mean * scale)).to(x.dtype), mean, variance, inverse
+        y = (wide - _spread(mean)) * _spread(weight * inverse) + _spread(bias)
+        return y.to(x.dtype), mean, variance, inverse
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -66,14 +70,18 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse = ctx.saved_tensors
-        count = x.numel() / x.shape[1]
-        wide, deviation = gradient.to(weight.dtype), x.to(weight.dtype) - _spread(mean)
+        count = x.numel() // x.shape[1]
+        wide, deviation = _wide(gradient), _wide(x) - _spread(mean)
         of_bias = wide.sum(_EACH_CHANNEL)
         of_weight = (wide * deviation).sum(_EACH_CHANNEL) * inverse
         scale = weight * inverse
         # Less what moves with the channel's mean, and what moves with its variance.
         of_x = _spread(scale) * wide - _spread(scale * of_bias / count) - _spread(scale * inverse * of_weight / count) * deviation
-        return of_x.to(x.dtype), of_weight, of_bias, None, None
+        return of_x.to(x.dtype), of_weight.to(weight.dtype), of_bias.to(weight.dtype), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _spread(channels: Tensor) -> Tensor:
