@@ -30,20 +30,12 @@ class CapturedStep:
         step: one training step, as ``loops.train_step``; nothing in it may wait for the device.
         optimizer: that it steps; capturable, see ``ProjectedOptimizer`` and ``regimes.make_capturable``.
         batch_size: of the batches to be replayed.
-        record: turns a function of no arguments into its replay, without running it.
-        aside: makes the context that each step before a recording runs in.
+        stream: that recordings are made on (default: a new one).
     """
 
-    def __init__(
-        self,
-        step: Step,
-        optimizer: ProjectedOptimizer,
-        batch_size: int,
-        record: Callable[[Callable[[], None]], Replay] | None = None,
-        aside: Callable[[], contextlib.AbstractContextManager] | None = None,
-    ) -> None:
+    def __init__(self, step: Step, optimizer: ProjectedOptimizer, batch_size: int, stream: "Stream | None" = None) -> None:
         self._step, self._optimizer, self._batch_size = step, optimizer, batch_size
-        self._record, self._aside = record or record_graph, aside or side_stream()
+        self._stream = stream or Stream()
         self._recorded_with: tuple[Any, ...] | None = None
         self._warm = 0
         self._replay: Replay | None = None
@@ -57,12 +49,12 @@ class CapturedStep:
             self._recorded_with, self._warm, self._replay = self._settings(), 0, None
         if self._replay is None and self._warm < WARM_UP:
             self._warm += 1
-            with self._aside():
+            with self._stream.aside():
                 self._step(images, labels, weight)
             return
         if self._replay is None:
             self._images, self._labels = images.clone(), labels.clone()  # clone keeps channels_last
-            self._replay = self._record(lambda: self._step(self._images, self._labels, weight))
+            self._replay = self._stream.record(lambda: self._step(self._images, self._labels, weight))
         self._images.copy_(images)
         self._labels.copy_(labels)
         self._replay()
@@ -77,27 +69,36 @@ class CapturedStep:
         return base, self._optimizer.frozen, *groups
 
 
-def record_graph(run: Callable[[], None]) -> Replay:
-    """Records what ``run`` does on the GPU as a CUDA graph, without doing it."""
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: threads that load data may go on allocating.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        run()
-    return graph.replay
+class Stream:
+    """A CUDA stream of its own for the steps before a recording, as torch wants it, and for the recording."""
 
-
-def side_stream() -> Callable[[], contextlib.AbstractContextManager]:
-    """A context on a CUDA stream of its own, as torch wants it for the steps before a recording; to be entered many times."""
-    stream = torch.cuda.Stream()
+    def __init__(self) -> None:
+        self._stream = torch.cuda.Stream()
 
     @contextlib.contextmanager
-    def aside() -> Iterator[None]:
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    def aside(self) -> Iterator[None]:
+        """What is done in here is done on this stream, after all before and before all after it."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             yield
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
 
-    return aside
+    def record(self, run: Callable[[], None]) -> Replay:
+        """Records what ``run`` does on the GPU as a CUDA graph, without doing it."""
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: threads that load data may go on allocating.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            run()
+        return graph.replay
+
+
+def recorded(run: Callable[[], None]) -> Replay:
+    """``run`` as a CUDA graph, after it has been done a few times."""
+    stream = Stream()
+    for _ in range(WARM_UP):
+        with stream.aside():
+            run()
+    return stream.record(run)
 
 
 def check_place(gpu: bool, several: bool) -> None:
@@ -108,9 +109,9 @@ def check_place(gpu: bool, several: bool) -> None:
         raise UsageError("--capture: a step that several processes share cannot be captured; one GPU is accepted")
 
 
-def check_regime(regime: regimes.Regime) -> None:
-    """Raises UsageError at the first epoch whose optimizer's steps cannot be captured."""
-    for epoch in regime:
+def check_regime(regime: regimes.Regime, epochs: int) -> None:
+    """Raises UsageError at the first of a run's epochs whose optimizer's steps cannot be captured."""
+    for epoch in (epoch for epoch in regime if epoch < epochs):
         settings = regimes.settings_at(regime, epoch)
         if not regimes.capturable(settings):
             kinds = ", ".join(kind.__name__ for kind in regimes.FUSED)

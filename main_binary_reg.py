@@ -129,7 +129,7 @@ def train(args: Namespace, warnings: list[str], run: runs.Run, device: torch.dev
     mode = quantize.MODES.get(args.projection_mode, quantize.FULL_PRECISION)
     regime = regimes.resolve_regime(args, model.regime, projected=args.projection_mode is not None)
     if args.capture:
-        captured.check_regime(regime)
+        captured.check_regime(regime, args.epochs)
     base_optimizer = regimes.build_optimizer(model.parameters(), regimes.settings_at(regime, args.start_epoch))
     optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode, capturable=args.capture)
     start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}

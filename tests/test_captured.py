@@ -72,12 +72,25 @@ class Tape(TorchDispatchMode):
                     place.copy_(value)
 
 
-def record_on_tape(run):
-    tape = Tape()
-    with tape:
-        run()
-    tape.rewind()
-    return tape.replay
+class TapeStream:
+    """In the place of captured.Stream.
+
+    Attributes:
+        recordings: made so far.
+    """
+
+    aside = contextlib.nullcontext
+
+    def __init__(self) -> None:
+        self.recordings = 0
+
+    def record(self, run):
+        self.recordings += 1
+        tape = Tape()
+        with tape:
+            run()
+        tape.rewind()
+        return tape.replay
 
 
 class Training:
@@ -86,9 +99,9 @@ class Training:
     In float64: rounding, which training amplifies, then stays far below what any mistake makes.
     """
 
-    def __init__(self, mode, kind, device=CPU, record=None):
+    def __init__(self, mode, kind, device=CPU, stream=None):
         torch.manual_seed(0)
-        self.device, self.mode, self.captured = device, mode, record is not None
+        self.device, self.mode, self.captured = device, mode, stream is not None
         self.settings = {"optimizer": kind, "lr": RATE} | ({"momentum": 0.9} if kind == "SGD" else {})
         self.model = models.resnet("cifar10", 8).to(device, torch.float64, memory_format=torch.channels_last).train()
         base = regimes.build_optimizer(self.model.parameters(), self.settings)
@@ -99,8 +112,7 @@ class Training:
         computed = utils.Precision("fp32", device.type)
         self.step = functools.partial(loops.train_step, self.model, self.optimizer, computed, self.meter)
         if self.captured:
-            aside = None if device.type == "cuda" else contextlib.nullcontext
-            self.step = captured.CapturedStep(self.step, self.optimizer, 6, record, aside)
+            self.step = captured.CapturedStep(self.step, self.optimizer, 6, stream)
 
     def set_epoch(self, epoch: int, lr: float) -> None:
         self.settings["lr"] = lr
@@ -133,15 +145,10 @@ class Training:
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 @pytest.mark.parametrize("kind", ["Adam", "SGD"])
 def test_captured_steps_are_the_plain_ones(mode, kind):
-    recordings = []
-
-    def record(run):
-        recordings.append(run)
-        return record_on_tape(run)
-
+    stream = TapeStream()
     expected = Training(mode, kind).run()
-    found = Training(mode, kind, record=record).run()
-    assert len(recordings) == 2, "one recording, and another after the freeze"
+    found = Training(mode, kind, stream=stream).run()
+    assert stream.recordings == 2, "one recording, and another after the freeze"
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10, msg=lambda words, name=name: f"{name}: {words}")
 
@@ -149,22 +156,22 @@ def test_captured_steps_are_the_plain_ones(mode, kind):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 @pytest.mark.parametrize("kind", ["Adam", "SGD"])
-def test_captured_steps_are_the_plain_ones_on_a_gpu(mode, kind):
+def test_captured_steps_are_the_plain_ones_on_a_gpu(mode, kind, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     gpu = torch.device("cuda", 0)
     utils.select_precision("fp32", gpu, tf32=False)
     expected = Training(mode, kind, gpu).run()
-    found = Training(mode, kind, gpu, record=captured.record_graph).run()
+    found = Training(mode, kind, gpu, stream=captured.Stream()).run()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-8, msg=lambda words, name=name: f"{name}: {words}")
 
 
 # The command line with the tape in place of CUDA graphs.
 ON_TAPE = """
-import contextlib, sys
+import sys
 import captured, main_binary_reg, test_captured
 captured.check_place = lambda *arguments: None
-captured.record_graph = test_captured.record_on_tape
-captured.side_stream = lambda: contextlib.nullcontext
+captured.Stream = test_captured.TapeStream
 sys.exit(main_binary_reg.main(sys.argv[1:]))
 """
 
@@ -218,13 +225,13 @@ def test_a_captured_run_on_a_gpu(tiny_data, tmp_path, compiled):
 
 
 def test_a_recording_is_made_again_where_the_learning_rate_lies_elsewhere():
-    recordings = []
-    training = Training(quantize.MODES["prox"], "SGD", record=lambda run: recordings.append(run) or record_on_tape(run))
+    stream = TapeStream()
+    training = Training(quantize.MODES["prox"], "SGD", stream=stream)
     images, labels = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.zeros(6, dtype=torch.long)
     for rounds in (1, 2):
         for _ in range(captured.WARM_UP + 2):
             training.step(images, labels, 1.0)
-        assert len(recordings) == rounds
+        assert stream.recordings == rounds
         base = training.optimizer.base_optimizer
         base.load_state_dict(base.state_dict())
 
@@ -236,10 +243,11 @@ def test_what_cannot_be_captured_is_said_in_one_line(tiny_data, tmp_path):
     captured.check_place(gpu=True, several=False)
     with pytest.raises(UsageError, match="several processes"):
         captured.check_place(gpu=True, several=True)
-    captured.check_regime({0: {"optimizer": "Adam", "lr": 0.1}, 5: {"optimizer": "SGD", "dampening": 0.0}})
+    captured.check_regime({0: {"optimizer": "Adam", "lr": 0.1}, 5: {"optimizer": "SGD", "dampening": 0.0}}, epochs=9)
     for entry, words in (
         ({"optimizer": "RMSprop"}, "RMSprop (epoch 5)"),
         ({"optimizer": "SGD", "dampening": 0.1}, "SGD with dampening (epoch 5)"),
     ):
         with pytest.raises(UsageError, match=re.escape(words)):
-            captured.check_regime({0: {"optimizer": "Adam", "lr": 0.1}, 5: entry})
+            captured.check_regime({0: {"optimizer": "Adam", "lr": 0.1}, 5: entry}, epochs=6)
+        captured.check_regime({0: {"optimizer": "Adam", "lr": 0.1}, 5: entry}, epochs=5)  # an epoch that never comes
