@@ -24,14 +24,17 @@ network_name() {
 }
 NETWORK=$(network_name "$DEPTH")
 
-# The full-precision network that the quantized runs start from: RESUME, or the one trained under the plain name, or seed 0's.
+# The full-precision network that the quantized runs start from: RESUME, or the one trained under the plain name, or seed 0's, or
+# without a seed 0 that of the first seed.
 warm_start() {
     if [ -n "${RESUME:-}" ]; then
         echo "$RESUME"
     elif [ -e "$RESULTS_DIR/$NETWORK" ]; then
         echo "$RESULTS_DIR/$NETWORK"
-    else
+    elif [ -e "$RESULTS_DIR/${NETWORK}_run_0" ]; then
         echo "$RESULTS_DIR/${NETWORK}_run_0"
+    else
+        echo "$RESULTS_DIR/${NETWORK}_run_${SEEDS%% *}"
     fi
 }
 

@@ -14,6 +14,7 @@ and the proximal strength, summed over all steps before the freeze, as published
 
 import argparse
 import csv
+import itertools
 import math
 import statistics
 import subprocess
@@ -108,20 +109,27 @@ def plan(args: argparse.Namespace, common_arguments: list[str]) -> int:
     for method in args.methods.split():
         for regime in args.regimes.split():
             schedule(method, regime, args.shorter)  # a name or number that cannot be is said before an epoch is measured
-    left = 0.0
+    hours = 0.0
     for depth in args.depths.split():
         seconds, source = epoch_seconds(args, depth, common_arguments)
         print(f"ResNet-{depth}: {seconds:.1f} s an epoch ({source})")
-        names = [("fp", "published"), *((method, regime) for regime in args.regimes.split() for method in args.methods.split())]
-        for method, regime in dict.fromkeys(names):
+        methods = [method for method in args.methods.split() if method != "fp"]  # the warm start is one experiment, always there
+        for regime, method in [("published", "fp"), *itertools.product(args.regimes.split(), methods)]:
             chosen = schedule(method, regime, args.shorter)
             name = run_name(args.network.replace("DEPTH", depth), method, regime)
-            epochs = sum(max(0, chosen.epochs - trained(args.results_dir / f"{name}_run_{seed}")) for seed in args.seeds.split())
-            left += epochs * seconds
-            print(f"  {name}: {chosen.epochs} epochs, {len(args.seeds.split())} seeds, {epochs} epochs left")
-    hours = left / args.slots / 3600
+            left = [max(0, chosen.epochs - trained(args.results_dir / f"{name}_run_{seed}")) for seed in args.seeds.split()]
+            hours += one_after_another(left, args.slots) * seconds / 3600
+            print(f"  {name}: {chosen.epochs} epochs, {len(left)} seeds, {sum(left)} epochs left")
     print(f"about {hours:.1f} hours with {args.slots} {'runs' if args.slots > 1 else 'run'} at a time")
     return 0
+
+
+def one_after_another(lengths: list[int], slots: int) -> int:
+    """How long runs take that are started in order, each as soon as one of the slots is free."""
+    busy = [0] * slots
+    for length in lengths:
+        busy[busy.index(min(busy))] += length
+    return max(busy)
 
 
 def run_name(network: str, method: str, regime: str) -> str:
@@ -156,7 +164,7 @@ def epoch_seconds(args: argparse.Namespace, depth: str, common_arguments: list[s
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"an epoch could not be measured: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
-        return measured_seconds(Path(folder) / "measured")[0], "measured now, alone"
+        return measured_seconds(Path(folder) / "measured")[0], "measured now, alone, not compiled"
 
 
 def main() -> int:

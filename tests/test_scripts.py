@@ -73,7 +73,7 @@ def fake_python(folder: Path, body: str) -> str:
 def test_a_failing_seed_is_named(tmp_path):
     fake = fake_python(tmp_path, 'case "$*" in *"--seed 1 "*) echo broken; exit 3;; *) echo fine;; esac')
     done = run("train-cifar10-pq-binary.sh", env=environment(tmp_path, tmp_path, PYTHON=fake, SEEDS="0 1 2"))
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stdout + done.stderr
     assert "seed 1: FAILED with status 3: broken" in done.stderr
     assert done.stderr.splitlines()[-1] == "resnet8_pq_binary_Adam: 1 of 3 seeds FAILED: 1"
     assert "seed 2: fine" in done.stdout
@@ -168,7 +168,7 @@ def test_each_slurm_task_is_one_method_and_seed(tmp_path):
         assert f"--save resnet8_{name} " in line
         assert f"--seed {name[-1]} " in line
         assert "--gpus 0,1 " in line
-        assert "resnet8_run_0 " in line  # the warm start
+        assert "resnet8_run_3 " in line  # the warm start: there is no seed 0
     assert "--epochs 12 " in found[0]
     assert "--epochs 300 " in slurm(tmp_path, fake, 1).communicate()[0]
     beyond = slurm(tmp_path, fake, 6)
@@ -223,17 +223,43 @@ def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter):
 def test_the_whole_study(tmp_path, tiny_data):
     """All methods under both regimes from one command; given again it finds everything complete."""
     settings = environment(tmp_path, tiny_data, SCHEDULE="short", SHORTER="100", DEPTHS="8", RUNS_PER_GPU="2")
+    settings["METHODS"] = "fp bc pq_binary pq_ternary"
     done = run("reproduce.sh", env=settings)
     assert done.returncode == 0, done.stdout + done.stderr
     names = ["resnet8", *(f"resnet8_{m}{r}" for r in ("", "_common") for m in ("bc", "pq_binary", "pq_ternary"))]
     said = [line for line in done.stdout.splitlines() if "all seeds done" in line]
     assert said == [f"{name}: all seeds done: 0 1" for name in names]
-    assert "an epoch (measured now, alone)" in done.stdout
+    assert "an epoch (measured now, alone, not compiled)" in done.stdout
+    assert [line.split(":")[0].strip() for line in done.stdout.splitlines() if "epochs left" in line] == names
     assert "hours with 2 runs at a time" in done.stdout
     again = run("reproduce.sh", env=settings)
     assert again.returncode == 0, again.stdout + again.stderr
     assert again.stdout.count("complete") == 14
     assert "about 0.0 hours" in again.stdout
+
+
+def test_nothing_starts_from_a_network_that_is_half_trained(tmp_path):
+    measured = tmp_path / "results" / "resnet8_run_9"
+    measured.mkdir(parents=True)
+    (measured / "results.csv").write_text("epoch,seconds\n1,36\n")
+    main = 'echo "$*" >> "$TB_DIR.calls"; case "$*" in *resnet8_run_1*) echo killed; exit 137;; esac; echo trained'
+    fake = fake_python(tmp_path, f'case "$1" in scripts/*) exec {sys.executable} "$@";; *) {main};; esac')
+    settings = {"PYTHON": fake, "SCHEDULE": "short", "DEPTHS": "8", "SEEDS": "1 2", "REGIMES": "common"}
+    done = run("reproduce.sh", env=environment(tmp_path, tmp_path, **settings))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "about 0.9 hours" in done.stdout  # 2 seeds of 8 epochs, and 3 x 2 of 12, of 36 s each, one after another
+    assert "seed 1: FAILED with status 137: killed" in done.stderr
+    assert done.stderr.splitlines()[-1] == "FAILED: resnet8"
+    calls = (tmp_path / "tb.calls").read_text()
+    assert calls.count("--save") == 2
+    assert "--resume" not in calls
+
+
+@pytest.mark.parametrize(("slots", "length"), [(1, 12), (2, 6), (3, 5), (4, 5)])
+def test_how_long_runs_take_side_by_side(slots, length):
+    """Runs of 5, 2, 0, 4 and 1 epochs, each begun when a slot is free."""
+    code = f"import sys; sys.path.insert(0, 'scripts'); import study; print(study.one_after_another([5, 2, 0, 4, 1], {slots}))"
+    assert int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout) == length
 
 
 @pytest.mark.parametrize(
