@@ -8,6 +8,7 @@
 #   REGIMES="published common"     as in the paper, and all methods under one regime; scripts/study.py explains them
 #   METHODS="bc pq_binary pq_ternary"   of which pq_binary has REGIMES=tuned too
 #   SHORTER=25                     by how much SCHEDULE=short divides the published epochs
+#   BATCH_SIZE=                    that of the quantized runs, in place of the published ones; the summed strength stays as it is
 #   RUNS_PER_GPU=1                 runs at a time on each GPU, or on the CPU (there with OMP_NUM_THREADS set to their share of the cores)
 #   others: see seeds.sh
 #
@@ -29,7 +30,8 @@ mkdir -p "$RESULTS_DIR"
 
 find_slots
 # shellcheck disable=SC2086  # EXTRA holds several arguments
-"$PYTHON" scripts/study.py plan --shorter "$SHORTER" --depths "$DEPTHS" --seeds "$SEEDS" --methods "$METHODS" --regimes "$REGIMES" \
+"$PYTHON" scripts/study.py plan --shorter "$SHORTER" ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} \
+    --depths "$DEPTHS" --seeds "$SEEDS" --methods "$METHODS" --regimes "$REGIMES" \
     --network "$(network_name DEPTH)" --results_dir "$RESULTS_DIR" --slots ${#slots[@]} \
     -- --model resnet --dataset "$DATASET" --data_dir "$DATA_DIR" ${EXTRA:-}
 
@@ -40,7 +42,7 @@ experiment() {
     shift 2
     if [ "$method" != fp ]; then name+=_$method; fi
     if [ "$regime" != published ]; then name+=_$regime; fi
-    schedule=$("$PYTHON" scripts/study.py arguments "$method" "$regime" "$SHORTER")
+    schedule=$("$PYTHON" scripts/study.py arguments "$method" "$regime" "$SHORTER" ${BATCH_SIZE:+"$BATCH_SIZE"})
     mapfile -t schedule <<< "$schedule"
     if ! run_seeds "$name" "$@" "${schedule[@]}"; then
         failed_experiments+=("$name")

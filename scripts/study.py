@@ -1,6 +1,6 @@
 """The runs of the study: their arguments, and how long they will take. Used by reproduce.sh.
 
-    python scripts/study.py arguments METHOD REGIME SHORTER
+    python scripts/study.py arguments METHOD REGIME SHORTER [BATCH_SIZE]
     python scripts/study.py plan [--shorter N] [--regimes "published common"] ... -- arguments of every run
 
 A study's schedule is the published one divided by SHORTER (1: as published): epochs, freeze and learning-rate steps in proportion,
@@ -46,11 +46,11 @@ class Schedule:
             total += rate * epoch
         return total * math.ceil(IMAGES / self.batch_size)
 
-    def shortened(self, divisor: int) -> "Schedule":
+    def shortened(self, divisor: int, batch_size: int) -> "Schedule":
         """The same shape at a fraction of the length; raises ValueError where the fraction has no room for it."""
         freeze = None if self.freeze_epoch is None else round(self.freeze_epoch / divisor)
         rates = {round(epoch / divisor): rate for epoch, rate in self.rates.items()}
-        short = Schedule(max(1, round(self.epochs / divisor)), freeze, self.batch_size, rates, self.mode)
+        short = Schedule(max(1, round(self.epochs / divisor)), freeze, batch_size, rates, self.mode)
         return short.pulling(self.pull() * self.reg_rate) if self.reg_rate is not None else short
 
     def pulling(self, total: float) -> "Schedule":
@@ -73,27 +73,33 @@ PUBLISHED = {
 TUNED = {"pq_binary": 1 / 16}
 
 
-def schedule(method: str, regime: str, shorter: int) -> Schedule:
-    """A method's schedule; raises ValueError for an unknown name, and where ``shorter`` leaves too few epochs."""
+def schedule(method: str, regime: str, shorter: int, batch_size: int | None = None) -> Schedule:
+    """A method's schedule; raises ValueError for an unknown name, and where ``shorter`` leaves too few epochs.
+
+    ``batch_size`` replaces that of the quantized runs: half of it makes twice the steps, each with half the strength.
+    """
     for name, value, known in (("METHODS", method, PUBLISHED), ("REGIMES", regime, REGIMES)):
         if value not in known:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
     if shorter < 1:
         raise ValueError(f"SHORTER: {shorter} is not accepted, a whole number from 1 up is needed")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"BATCH_SIZE: {batch_size} is not accepted, a whole number from 1 up is needed")
     if regime == "tuned" and method not in ("fp", *TUNED):
         raise ValueError(f"REGIMES: {regime!r} is for METHODS={' '.join(TUNED)}, not for {method}")
-    published = PUBLISHED[method]
-    if regime == "published" or method == "fp":
-        return published if shorter == 1 else published.shortened(shorter)
-    common = Schedule(300, 200, 128, {0: 0.01, 150: 0.001, 225: 0.0001}, published.mode)
-    if published.reg_rate is not None:
-        common = common.pulling(published.pull() * published.reg_rate * (TUNED[method] if regime == "tuned" else 1.0))
-    return common if shorter == 1 else common.shortened(shorter)
+    chosen = published = PUBLISHED[method]
+    if regime != "published" and method != "fp":
+        chosen = Schedule(300, 200, 128, {0: 0.01, 150: 0.001, 225: 0.0001}, published.mode)
+        if published.reg_rate is not None:
+            chosen = chosen.pulling(published.pull() * published.reg_rate * (TUNED[method] if regime == "tuned" else 1.0))
+    if batch_size is None or method == "fp":
+        batch_size = chosen.batch_size
+    return chosen if (shorter, batch_size) == (1, chosen.batch_size) else chosen.shortened(shorter, batch_size)
 
 
-def arguments(method: str, regime: str, shorter: int) -> list[str]:
+def arguments(method: str, regime: str, shorter: int, batch_size: int | None = None) -> list[str]:
     """The command line's arguments for a method's schedule."""
-    chosen = schedule(method, regime, shorter)
+    chosen = schedule(method, regime, shorter, batch_size)
     found = ["--batch-size", str(chosen.batch_size), "--epochs", str(chosen.epochs)]
     if method != "fp":
         found += ["--optimizer", "Adam", "--lr", str(chosen.rates[0]), "--freeze_epoch", str(chosen.freeze_epoch), *chosen.mode]
@@ -108,14 +114,14 @@ def plan(args: argparse.Namespace, common_arguments: list[str]) -> int:
     """Prints each experiment with the epochs that are left, and the time that they will take."""
     for method in args.methods.split():
         for regime in args.regimes.split():
-            schedule(method, regime, args.shorter)  # a name or number that cannot be is said before an epoch is measured
+            schedule(method, regime, args.shorter, args.batch_size)  # what cannot be is said before an epoch is measured
     hours = 0.0
     for depth in args.depths.split():
         seconds, source = epoch_seconds(args, depth, common_arguments)
         print(f"ResNet-{depth}: {seconds:.1f} s an epoch ({source})")
         methods = [method for method in args.methods.split() if method != "fp"]  # the warm start is one experiment, always there
         for regime, method in [("published", "fp"), *itertools.product(args.regimes.split(), methods)]:
-            chosen = schedule(method, regime, args.shorter)
+            chosen = schedule(method, regime, args.shorter, args.batch_size)
             name = run_name(args.network.replace("DEPTH", depth), method, regime)
             left = [max(0, chosen.epochs - trained(args.results_dir / f"{name}_run_{seed}")) for seed in args.seeds.split()]
             hours += one_after_another(left, args.slots) * seconds / 3600
@@ -160,7 +166,7 @@ def epoch_seconds(args: argparse.Namespace, depth: str, common_arguments: list[s
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "main_binary_reg.py"), "--results_dir", folder, "--save", "measured"]
         command += ["--model_config", str({"depth": int(depth)}), *common_arguments]
-        command += [*arguments("pq_binary", "published", 1), "--epochs", "1"]
+        command += [*arguments("pq_binary", "published", 1, args.batch_size), "--epochs", "1"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"an epoch could not be measured: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
@@ -174,17 +180,19 @@ def main() -> int:
     one.add_argument("method")
     one.add_argument("regime")
     one.add_argument("shorter", type=int)
+    one.add_argument("batch_size", type=int, nargs="?")
     whole = commands.add_parser("plan")
     whole.add_argument("--shorter", type=int, required=True)
     for name in ("depths", "seeds", "methods", "regimes", "network"):
         whole.add_argument(f"--{name}", required=True)
     whole.add_argument("--results_dir", type=Path, required=True)
+    whole.add_argument("--batch_size", type=int)
     whole.add_argument("--slots", type=int, default=1)
     whole.add_argument("more", nargs="*")
     args = parser.parse_args()
     try:
         if args.command == "arguments":
-            print("\n".join(arguments(args.method, args.regime, args.shorter)))
+            print("\n".join(arguments(args.method, args.regime, args.shorter, args.batch_size)))
             return 0
         return plan(args, args.more)
     except ValueError as error:

@@ -197,7 +197,8 @@ def test_a_slurm_task_saves_and_is_requeued(tmp_path, number, status, requeued):
     [*itertools.product(("bc", "pq_binary", "pq_ternary"), ("published", "common")), ("pq_binary", "tuned")],
 )
 @pytest.mark.parametrize("shorter", [1, 10, 25, 60])
-def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter):
+@pytest.mark.parametrize("batch_size", [None, 16])
+def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter, batch_size):
     """The summed strength, counted step by step from the command line's own arguments."""
 
     def pull(found: dict[str, str]) -> float:
@@ -208,11 +209,13 @@ def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter):
         return total
 
     command = [sys.executable, ROOT / "scripts" / "study.py", "arguments", method, regime, str(shorter)]
+    command += [] if batch_size is None else [str(batch_size)]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     found = dict(zip(lines[::2], lines[1::2], strict=True))
     epochs = 600 if (method, regime) == ("pq_ternary", "published") else 300
     assert int(found["--epochs"]) == pytest.approx(epochs / shorter, abs=1)
     assert int(found["--freeze_epoch"]) == pytest.approx(int(found["--epochs"]) * 2 / 3, abs=1)
+    assert int(found["--batch-size"]) == (batch_size or (256 if (method, regime) == ("pq_ternary", "published") else 128))
     if method == "bc":
         assert "--reg_rate" not in found
     else:
@@ -264,7 +267,14 @@ def test_how_long_runs_take_side_by_side(slots, length):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("SCHEDULE", "shrt"), ("METHODS", "bc lazzy"), ("REGIMES", "comon"), ("REGIMES", "tuned"), ("SHORTER", "0")],
+    [
+        ("SCHEDULE", "shrt"),
+        ("METHODS", "bc lazzy"),
+        ("REGIMES", "comon"),
+        ("REGIMES", "tuned"),
+        ("SHORTER", "0"),
+        ("BATCH_SIZE", "0"),
+    ],
 )
 def test_a_study_that_cannot_be_is_refused_at_once(tmp_path, name, value):
     done = run("reproduce.sh", env=environment(tmp_path, tmp_path, **{"SCHEDULE": "short", name: value}))
