@@ -39,6 +39,7 @@ from models import resnet
 
 ADAM = {"optimizer": "Adam", "lr": 0.01}
 STRENGTH = {"none": 0.0, "lazy": 1.0, "prox": 0.01, "prox_ternary": 0.01}
+SECONDS_TOGETHER = 10.0
 Step = Callable[[], None]
 
 
@@ -286,6 +287,37 @@ def only_memory(device: torch.device, precision: str) -> None:
     print(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9)
 
 
+def only_rate(device: torch.device, precision: str) -> None:
+    """Images a second over some seconds, which begin when the process that started this one says so."""
+    setting = Setting(device, precision)
+    step, steps = ours(setting, "prox", capture=device.type == "cuda"), 0
+    for _ in range(captured.WARM_UP + 2):
+        step()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    setting.synchronize()
+    began = time.perf_counter()
+    while time.perf_counter() - began < SECONDS_TOGETHER:
+        step()
+        setting.synchronize()
+        steps += 1
+    print(steps * setting.batch_size / (time.perf_counter() - began))
+
+
+def rate_together(device: str, precision: str, runs: int) -> float:
+    """Images a second of so many runs at once, each a process of its own; on a CPU each with its share of the threads."""
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // runs))} if device == "cpu" else {}
+    command = [sys.executable, __file__, "--only", "rate", "--device", device, "--precision", precision]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": {**os.environ, **threads}}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(runs)]
+    for process in processes:
+        process.stdout.readline()
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return sum(float(process.communicate()[0]) for process in processes)
+
+
 def figures(seconds: list[float], batch_size: int) -> dict[str, float]:
     low, middle, high = (
         statistics.quantiles(seconds, n=10)[0],
@@ -362,6 +394,15 @@ def report_growth(device: torch.device, precision: str, count: int) -> dict[str,
     return table
 
 
+def report_together(device: torch.device, precision: str) -> dict[str, float]:
+    """Several runs at once against one: on a GPU, which a small network leaves idle, or each on its share of a CPU's cores."""
+    several = (2, 4, 8) if device.type == "cuda" else (torch.get_num_threads(),)
+    table = {str(runs): rate_together(device.type, precision, runs) for runs in (1, *several)}
+    rates = (f"{runs}: {rate:.0f} images/s ({rate / table['1']:.2f}x)" for runs, rate in table.items())
+    print(f"\nruns at once ({precision}, prox), together: " + ", ".join(rates))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -369,12 +410,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also measure compiled networks (compiling takes a minute or two)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     parser.add_argument("--precision", default="auto", help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=("memory", "compiling"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=("memory", "compiling", "rate"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     utils.keep_freed_memory()
     device, _ = utils.select_device(args.device, [0], gpus_typed=False)
     if args.only:
-        {"memory": only_memory, "compiling": only_compiling}[args.only](device, args.precision)
+        {"memory": only_memory, "compiling": only_compiling, "rate": only_rate}[args.only](device, args.precision)
         return
     auto = utils.select_precision("auto", device, tf32=False).name
     precisions = ["fp32"] if auto == "fp32" else ["fp32", auto]
@@ -389,6 +430,7 @@ def main() -> None:
     found["validation_images_per_second"] = validation_rate(setting, 1 if args.quick else 5)
     print(f"\nvalidation: {found['validation_images_per_second']:.0f} images/s ({auto})")
     found["growth_ms"] = report_growth(device, auto, count)
+    found["images_per_second_together"] = report_together(device, auto)
     found["peak_memory_gb"] = peak_memory(args.device, auto)
     print(f"\npeak resident memory, 50,000 training images: {found['peak_memory_gb']:.2f} GB ({auto})")
     if args.json:
