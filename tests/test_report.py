@@ -487,6 +487,16 @@ def test_a_warm_start_that_cannot_be_known(tmp_path, out):
         assert "| ? (" in tables.error_table(tables.Section((group,)))
 
 
+def test_runs_that_were_moved_keep_their_warm_start(tmp_path, monkeypatch):
+    """Where the report is made there is another run of the same name."""
+    make_run(tmp_path / "here" / "results" / "fp", None, 0, 30.0, epochs=3)
+    make_run(tmp_path / "kept" / "runs" / "fp", None, 0, 17.0, epochs=3)
+    monkeypatch.chdir(tmp_path / "here")
+    for place, expected in (("kept/runs", 17.0), ("here/results", 30.0)):
+        (group,) = collected(make_run(tmp_path / place / "prox", "prox", 0, 20.0, resume="results/fp"))[0]
+        assert group.warm_start[1] == pytest.approx(expected)
+
+
 def test_a_checkpoint_as_warm_start(tmp_path):
     start = make_run(tmp_path / "fp", None, 0, 17.0, epochs=3)
     for name, expected in (("model_best.pth.tar", 17.0), ("checkpoint.pth.tar", 17.5), ("checkpoint_epoch_1.pth.tar", 19.0)):

@@ -220,6 +220,8 @@ def launch_folder(run: Run) -> Path | None:
 
 def candidates(run: Run, text: str) -> list[Path]:
     """Where a path among a run's arguments may lie now, best first; results that were moved as a whole are found too."""
-    base = launch_folder(run) or Path()
     beside = [run.folder.resolve().parent / Path(*Path(text).parts[-length:]) for length in (1, 2)]
-    return [base / text, *beside]  # base / an absolute path is that path
+    base = launch_folder(run)
+    if base or text.startswith("/"):
+        return [(base or Path()) / text, *beside]  # base / an absolute path is that path
+    return [*beside, Path(text)]  # moved: what has this name where the report is made may be another run
