@@ -8,182 +8,27 @@ floor:        the network's convolutions alone, forward and backward, in the sam
 """
 
 import argparse
-import functools
 import itertools
 import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmark.contenders import STRENGTH, Setting, Step, conventional, floor, interleaved, ours
+from benchmark.processes import ONLY, compiling_seconds, peak_memory, rate_together
+
 import batches
-import captured
 import loops
 import quantize
-import regimes
 import utils
-from datasets import Split
-from models import resnet
-
-ADAM = {"optimizer": "Adam", "lr": 0.01}
-STRENGTH = {"none": 0.0, "lazy": 1.0, "prox": 0.01, "prox_ternary": 0.01}
-SECONDS_TOGETHER = 10.0
-Step = Callable[[], None]
-
-
-class Setting:
-    """Device, data and precision of a measurement."""
-
-    def __init__(self, device: torch.device, precision: str, depth: int = 20, batch_size: int = 128, images: int = 6000) -> None:
-        self.device, self.depth, self.batch_size = device, depth, batch_size
-        self.precision = utils.select_precision(precision, device, tf32=False)
-        random = np.random.default_rng(0)
-        self.split = Split(random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8), random.integers(0, 10, images))
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Full training batches without end."""
-        source, epoch = batches.TrainingBatches(self.split, self.batch_size, 0, self.device), 0
-        while True:
-            yield from (batch for batch in source.epoch(epoch) if len(batch[1]) == self.batch_size)
-            epoch += 1
-
-    def network(self, memory_format: torch.memory_format = torch.channels_last) -> nn.Module:
-        torch.manual_seed(0)
-        return resnet(depth=self.depth).to(self.device, memory_format=memory_format).train()
-
-    def optimizer(self, model: nn.Module, mode_name: str, capture: bool = False) -> quantize.ProjectedOptimizer:
-        mode = quantize.MODES.get(mode_name, quantize.FULL_PRECISION)
-        base = regimes.build_optimizer(model.parameters(), ADAM)
-        if capture:
-            regimes.make_capturable(base, self.device)
-        optimizer = quantize.ProjectedOptimizer(base, mode.select(model), mode, capturable=capture)
-        optimizer.set_strength(STRENGTH[mode_name])
-        return optimizer
-
-
-def ours(setting: Setting, mode_name: str, compiled: bool = False, capture: bool = False) -> Step:
-    """A step of main_binary_reg.py."""
-    model = setting.network()
-    optimizer, meter, source = setting.optimizer(model, mode_name, capture), utils.Meter(setting.device), setting.batches()
-    network = utils.CompiledNetwork(model, setting.batch_size) if compiled else model
-    step = functools.partial(loops.train_step, network, optimizer, setting.precision, meter)
-    if capture:
-        step = captured.CapturedStep(step, optimizer, setting.batch_size)
-    return lambda: step(*next(source), 1.0)
-
-
-def conventional(setting: Setting) -> Step:
-    """A step of ProxQuant-binary as training scripts are commonly written. No workers on a CPU: they would take its cores."""
-    from PIL import Image
-    from torch.utils.data import DataLoader, Dataset
-    from torchvision import transforms
-
-    class Images(Dataset):
-        transform = transforms.Compose(
-            [
-                transforms.RandomCrop(32, padding=4),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(batches.MEAN, batches.STD),
-            ]
-        )
-
-        def __len__(self) -> int:
-            return len(setting.split.labels)
-
-        def __getitem__(self, index: int) -> tuple[Tensor, int]:
-            return self.transform(Image.fromarray(setting.split.images[index])), int(setting.split.labels[index])
-
-    workers = 0 if setting.device.type == "cpu" else min(8, os.cpu_count() or 1)
-    loader = DataLoader(
-        Images(), setting.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
-    )
-
-    def endless() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            yield from loader
-
-    model = setting.network(torch.contiguous_format)
-    optimizer = torch.optim.Adam(model.parameters(), lr=ADAM["lr"])
-    selected = [parameter for _, parameter in quantize.select_all_layers(model)]
-    source = endless()
-
-    def step() -> None:
-        images, labels = (tensor.to(setting.device) for tensor in next(source))
-        optimizer.zero_grad()
-        logits = model(images)
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            for weight in selected:
-                excess = weight.abs() - 1
-                soft = excess.sign() * (excess.abs() - ADAM["lr"] * STRENGTH["prox"]).clamp(min=0)
-                weight.copy_(weight.sign() * (1 + soft))
-                weight.clamp_(-1, 1)
-        loss.item()
-        (logits.topk(5).indices == labels[:, None]).sum().item()
-
-    return step
-
-
-def floor(setting: Setting) -> Step:
-    """The network's convolutions alone, forward and backward."""
-    dtype = torch.bfloat16 if setting.precision.name == "bf16" else torch.float32
-    calls: list[tuple[nn.Conv2d, Tensor, Tensor]] = []
-    model = setting.network()
-
-    def remember(layer: nn.Conv2d, inputs: tuple[Tensor], output: Tensor) -> None:
-        calls.append((layer, inputs[0].detach().to(dtype), torch.randn_like(output).to(dtype)))
-
-    for layer in model.modules():
-        if isinstance(layer, nn.Conv2d):
-            layer.register_forward_hook(remember)
-    with torch.no_grad():
-        model(next(setting.batches())[0])
-    weights = [layer.weight.detach().to(dtype) for layer, _, _ in calls]
-
-    def step() -> None:
-        for index, ((layer, inputs, gradient), weight) in enumerate(zip(calls, weights, strict=True)):
-            stride, padding = layer.stride, layer.padding
-            F.conv2d(inputs, weight, None, stride, padding)
-            needed = [index > 0, True, False]  # of inputs, weight, bias: nobody needs the gradient of the images
-            torch.ops.aten.convolution_backward(gradient, inputs, weight, None, stride, padding, (1, 1), False, [0, 0], 1, needed)
-
-    return step if setting.device.type == "cpu" else captured.recorded(step)  # a GPU's floor must not wait for Python
-
-
-def interleaved(setting: Setting, steps: dict[str, Step], rounds: int, block: int) -> dict[str, list[float]]:
-    """Seconds of each contender's steps; rounds of small blocks, so that a noisy moment hits all of them."""
-    for step in steps.values():
-        for _ in range(captured.WARM_UP + 1):  # a recording is made by the last of them
-            step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            for _ in range(block):
-                setting.synchronize()
-                began = time.perf_counter()
-                step()
-                setting.synchronize()
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
 
 
 def shares(setting: Setting, mode_name: str, count: int) -> dict[str, float]:
@@ -246,77 +91,6 @@ def projection_against_tensors(setting: Setting, mode_name: str, tensors: int, c
     optimizer.set_strength(1.0)
     seconds = interleaved(setting, {"step": optimizer.step}, 1, count)["step"]
     return 1000 * statistics.median(seconds)
-
-
-def compiling_seconds(device: str, precision: str) -> float:
-    """Seconds until a process that begins with nothing compiled has made its first step, less those of its second."""
-    with tempfile.TemporaryDirectory() as empty:
-        return _only("compiling", device, precision, TORCHINDUCTOR_CACHE_DIR=empty)
-
-
-def peak_memory(device: str, precision: str) -> float:
-    """Peak resident memory in GB of a process that trains on 50,000 images, the size of CIFAR-10, for a few steps."""
-    return _only("memory", device, precision)
-
-
-def _only(what: str, device: str, precision: str, **environment: str) -> float:
-    """One figure, from a process of its own."""
-    command = [sys.executable, __file__, "--only", what, "--device", device, "--precision", precision]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment})
-    return float(done.stdout.split()[-1])
-
-
-def only_compiling(device: torch.device, precision: str) -> None:
-    step, seconds = ours(Setting(device, precision), "prox", compiled=True), []
-    for _ in range(2):
-        began = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - began)
-    print(seconds[0] - seconds[1])
-
-
-def only_memory(device: torch.device, precision: str) -> None:
-    setting = Setting(device, precision, images=50_000)
-    step = ours(setting, "prox")
-    for _ in range(5):
-        step()
-    validation = batches.ValidationBatches(Split(setting.split.images[:10_000], setting.split.labels[:10_000]), device)
-    loops.validate(setting.network(), validation, utils.Meter(device), setting.precision)
-    # Not getrusage: its maximum begins with that of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    print(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9)
-
-
-def only_rate(device: torch.device, precision: str) -> None:
-    """Images a second over some seconds, which begin when the process that started this one says so."""
-    setting = Setting(device, precision)
-    step, steps = ours(setting, "prox", capture=device.type == "cuda"), 0
-    for _ in range(captured.WARM_UP + 2):
-        step()
-    print("ready", flush=True)
-    sys.stdin.readline()
-    setting.synchronize()
-    began = time.perf_counter()
-    while time.perf_counter() - began < SECONDS_TOGETHER:
-        for _ in range(10):  # training too waits for the device about so often, to print
-            step()
-        setting.synchronize()
-        steps += 10
-    print(steps * setting.batch_size / (time.perf_counter() - began))
-
-
-def rate_together(device: str, precision: str, runs: int) -> float:
-    """Images a second of so many runs at once, each a process of its own; on a CPU each with its share of the threads."""
-    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // runs))} if device == "cpu" else {}
-    command = [sys.executable, __file__, "--only", "rate", "--device", device, "--precision", precision]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": {**os.environ, **threads}}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(runs)]
-    for process in processes:
-        process.stdout.readline()
-    for process in processes:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    return sum(float(process.communicate()[0]) for process in processes)
 
 
 def figures(seconds: list[float], batch_size: int) -> dict[str, float]:
@@ -411,12 +185,12 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="also measure compiled networks (compiling takes a minute or two)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     parser.add_argument("--precision", default="auto", help=argparse.SUPPRESS)
-    parser.add_argument("--only", choices=("memory", "compiling", "rate"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=ONLY, help=argparse.SUPPRESS)
     args = parser.parse_args()
     utils.keep_freed_memory()
     device, _ = utils.select_device(args.device, [0], gpus_typed=False)
     if args.only:
-        {"memory": only_memory, "compiling": only_compiling, "rate": only_rate}[args.only](device, args.precision)
+        ONLY[args.only](device, args.precision)
         return
     auto = utils.select_precision("auto", device, tf32=False).name
     precisions = ["fp32"] if auto == "fp32" else ["fp32", auto]
