@@ -99,7 +99,7 @@ def _cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":", 1)[1].split()}
 
 
-# On two CPU cores compiling ResNet-20 took 43 s, which 1,500 steps make up for; a freeze compiles once more; the rest is margin.
+# On two CPU cores compiling ResNet-20 takes 38 s, which 1,200 steps make up for; a freeze compiles once more; the rest is margin.
 COMPILE_PAYS_OFF = 4000
 
 
