@@ -47,7 +47,7 @@ class Schedule:
         return total * math.ceil(IMAGES / self.batch_size)
 
     def shortened(self, divisor: int, batch_size: int) -> "Schedule":
-        """The same shape at a fraction of the length; raises ValueError where the fraction has no room for it."""
+        """The same shape and summed strength at a fraction of the length; raises ValueError where that has no room for it."""
         freeze = None if self.freeze_epoch is None else round(self.freeze_epoch / divisor)
         rates = {round(epoch / divisor): rate for epoch, rate in self.rates.items()}
         short = Schedule(max(1, round(self.epochs / divisor)), freeze, batch_size, rates, self.mode)
@@ -170,7 +170,7 @@ def epoch_seconds(args: argparse.Namespace, depth: str, common_arguments: list[s
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"an epoch could not be measured: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
-        return measured_seconds(Path(folder) / "measured")[0], "measured now, alone, not compiled"
+        return measured_seconds(Path(folder) / "measured")[0], "measured now, alone"
 
 
 def main() -> int:
