@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from batches import EVERYTHING, Batches, Share, TrainingBatches, ValidationBatches
-from datasets import READERS, Say, hold_out, read_small_images
+from sources.batches import EVERYTHING, Batches, Share, TrainingBatches, ValidationBatches
+from sources.images import READERS, Say, hold_out, read_small_images
 
 DATASETS = (*READERS, "imagenet")
 MIRRORED = {"mnist": False}  # digits are the one set here whose mirror images are of no class
@@ -52,7 +52,7 @@ def load(
         UsageError: if the data set is not there and cannot be had, or is damaged.
     """
     if name == "imagenet":
-        from imagenet import load_imagenet  # on first use: it needs torchvision, which is slow to import
+        from sources.imagenet import load_imagenet  # on first use: it needs torchvision, which is slow to import
 
         found = load_imagenet(data_dir, device, batch_size, seed, workers, input_size or 224, share, holdout)
         return _named(Data(*found), holdout)

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmark.contenders import STRENGTH, Setting, Step, conventional, floor, interleaved, ours
 from benchmark.processes import ONLY, compiling_seconds, peak_memory, rate_together
 
-import batches
-import loops
 import quantize
 import utils
+from sources import batches
+from training import computing, loops
 
 
 def shares(setting: Setting, mode_name: str, count: int) -> dict[str, float]:
@@ -187,12 +187,12 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=ONLY, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    utils.keep_freed_memory()
+    computing.keep_freed_memory()
     device, _ = utils.select_device(args.device, [0], gpus_typed=False)
     if args.only:
         ONLY[args.only](device, args.precision)
         return
-    auto = utils.select_precision("auto", device, tf32=False).name
+    auto = computing.select_precision("auto", device, tf32=False).name
     precisions = ["fp32"] if auto == "fp32" else ["fp32", auto]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
     found: dict = {"device": name, "torch": torch.__version__, "python": platform.python_version(), "auto": auto}

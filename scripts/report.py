@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from reporting import groups, pictures, runs, tables, text
 
 import data
-from errors import UsageError
-from files import write_text, write_whole
+from utils import UsageError, write_text, write_whole
 
 
 def read_runs(paths: list[Path]) -> list[runs.Run]:

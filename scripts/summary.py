@@ -14,9 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoints
 import models
 import quantize
+from training import checkpoints
 
 NEAR = 0.05  # a weight this near to its level counts as settled
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from datasets import CIFAR10_CLASSES
+from sources.images import CIFAR10_CLASSES
 
 ROOT = Path(__file__).parent.parent
 MAIN = ROOT / "main_binary_reg.py"

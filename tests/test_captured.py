@@ -14,14 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path
 
-import captured
-import checkpoints
-import loops
 import models
 import quantize
-import regimes
 import utils
-from errors import UsageError
+from training import captured, checkpoints, computing, loops, regimes
+from utils import UsageError
 
 CPU = torch.device("cpu")
 RATE = 1 / 128  # one that float32 holds exactly
@@ -109,7 +106,7 @@ class Training:
             regimes.make_capturable(base, device)
         self.optimizer = quantize.ProjectedOptimizer(base, mode.select(self.model), mode, capturable=self.captured)
         self.meter = utils.Meter(device)
-        computed = utils.Precision("fp32", device.type)
+        computed = computing.Precision("fp32", device.type)
         self.step = functools.partial(loops.train_step, self.model, self.optimizer, computed, self.meter)
         if self.captured:
             self.step = captured.CapturedStep(self.step, self.optimizer, 6, stream)
@@ -159,7 +156,7 @@ def test_captured_steps_are_the_plain_ones(mode, kind):
 def test_captured_steps_are_the_plain_ones_on_a_gpu(mode, kind, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     gpu = torch.device("cuda", 0)
-    utils.select_precision("fp32", gpu, tf32=False)
+    computing.select_precision("fp32", gpu, tf32=False)
     expected = Training(mode, kind, gpu).run()
     found = Training(mode, kind, gpu, stream=captured.Stream()).run()
     for name, value in expected.items():
@@ -169,7 +166,8 @@ def test_captured_steps_are_the_plain_ones_on_a_gpu(mode, kind, monkeypatch):
 # The command line with the tape in place of CUDA graphs.
 ON_TAPE = """
 import sys
-import captured, main_binary_reg, test_captured
+import main_binary_reg, test_captured
+from training import captured
 captured.check_place = lambda *arguments: None
 captured.Stream = test_captured.TapeStream
 sys.exit(main_binary_reg.main(sys.argv[1:]))

@@ -11,17 +11,17 @@ import torch
 from conftest import make_class_folders
 from PIL import Image
 
-import batches
 import data
-import datasets
-from errors import UsageError
+from sources import batches
+from sources.images import CACHE, Split, hold_out
+from utils import UsageError
 
 CPU = torch.device("cpu")
 
 
-def split(images: int = 40) -> datasets.Split:
+def split(images: int = 40) -> Split:
     random = np.random.default_rng(0)
-    return datasets.Split(random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8), np.arange(images) % 10)
+    return Split(random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8), np.arange(images) % 10)
 
 
 def load(name: str, folder: Path, said: list[str] | None = None, **options) -> data.Data:
@@ -46,7 +46,7 @@ def published_views(image: np.ndarray, mirror: bool) -> dict[bytes, tuple[int, i
 @pytest.mark.parametrize("mirror", [True, False])
 def test_augmentation_is_uniform_over_the_published_views(mirror):
     """One image, many epochs: each of its 162 (or 81) views comes, each about equally often, and nothing else."""
-    one = datasets.Split(np.repeat(split(1).images, 500, axis=0), np.zeros(500, dtype=np.int64))
+    one = Split(np.repeat(split(1).images, 500, axis=0), np.zeros(500, dtype=np.int64))
     views = published_views(one.images[0], mirror)
     source = batches.TrainingBatches(one, 500, 0, CPU, mirror)
     counts = dict.fromkeys(views.values(), 0)
@@ -63,7 +63,7 @@ def test_augmentation_is_uniform_over_the_published_views(mirror):
 
 def test_draws_of_an_epoch_are_independent():
     """Offsets, mirrorings and order are uncorrelated, within an image and between neighbours."""
-    source = batches.TrainingBatches(datasets.Split(split(1).images.repeat(4000, 0), np.zeros(4000, np.int64)), 128, 0, CPU)
+    source = batches.TrainingBatches(Split(split(1).images.repeat(4000, 0), np.zeros(4000, np.int64)), 128, 0, CPU)
     columns = [drawn.double() for drawn in source._draw(3)]
     columns += [torch.roll(drawn, 1) for drawn in columns]
     correlation = torch.corrcoef(torch.stack(columns)) - torch.eye(8)
@@ -86,7 +86,7 @@ def test_normalization_is_torchvisions():
 @pytest.mark.parametrize("batch_size", [1, 16, 40, 64])
 def test_an_epoch_has_every_image_once(batch_size):
     images = split()
-    images = datasets.Split(images.images, np.arange(40))
+    images = Split(images.images, np.arange(40))
     source = batches.TrainingBatches(images, batch_size, 0, CPU)
     seen = [labels for _, labels in source.epoch(0)]
     assert len(seen) == len(source) == -(-40 // batch_size)
@@ -131,7 +131,7 @@ def test_class_folders(tmp_path, extension):
 def test_class_folders_are_decoded_once(tmp_path, monkeypatch):
     make_class_folders(tmp_path / "CIFAR10")
     first = load("cifar10", tmp_path)
-    monkeypatch.setattr(datasets, "_decode", lambda paths, name: pytest.fail("decoded again"))
+    monkeypatch.setattr("sources.images._decode", lambda paths, name: pytest.fail("decoded again"))
     second = load("cifar10", tmp_path)
     assert torch.equal(first.validation._images, second.validation._images)
 
@@ -140,7 +140,7 @@ def test_class_folders_are_decoded_once(tmp_path, monkeypatch):
 def test_a_damaged_cache_is_said_and_made_again(tmp_path, damage):
     make_class_folders(tmp_path / "CIFAR10")
     good = load("cifar10", tmp_path).validation._images
-    cache = tmp_path / "CIFAR10" / datasets.CACHE
+    cache = tmp_path / "CIFAR10" / CACHE
     content = bytearray(cache.read_bytes())
     if damage == "truncated":
         content = content[: len(content) // 2]
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_be_written_works_without_cache(tmp_path, monkeypat
     def refuse(path, write):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(datasets, "write_whole", refuse)
+    monkeypatch.setattr("sources.images.write_whole", refuse)
     said = []
     assert load("cifar10", tmp_path, said).train.samples == 80
     assert "Permission denied" in said[0]
@@ -222,7 +222,7 @@ def test_faulty_class_folders_are_named(tmp_path, fault):
         load("cifar10", tmp_path)
     assert named in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "CIFAR10" / datasets.CACHE).exists()
+    assert not (tmp_path / "CIFAR10" / CACHE).exists()
 
 
 # torchvision's own layouts.
@@ -360,12 +360,12 @@ def test_held_out_imagenet(imagenet):
 
 
 def test_held_out_images_are_always_the_same_ones():
-    train, held = datasets.hold_out(40, 15)
+    train, held = hold_out(40, 15)
     assert sorted([*train, *held]) == list(range(40))
     assert held.tolist() != sorted(held)
-    assert np.array_equal(held[5:], datasets.hold_out(40, 10)[1])
+    assert np.array_equal(held[5:], hold_out(40, 10)[1])
     with pytest.raises(UsageError, match="--holdout 40"):
-        datasets.hold_out(40, 40)
+        hold_out(40, 40)
 
 
 def test_imagenet_faults(imagenet):

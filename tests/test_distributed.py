@@ -16,11 +16,11 @@ from conftest import MAIN, ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-import batches
-import distributed
 import utils
-from datasets import Split
-from errors import UsageError
+from sources import batches
+from sources.images import Split
+from training.processes import ALONE, synchronized
+from utils import UsageError
 
 CPU = torch.device("cpu")
 WORKER = ROOT / "tests" / "worker.py"
@@ -95,7 +95,7 @@ def test_several_processes_validate_each_image_once(samples):
 def test_the_gradient_of_two_processes_is_that_of_one(tmp_path):
     done = torchrun(WORKER, tmp_path, "gradients")
     assert done.returncode == 0, done.stderr
-    alone = worker.gradients(distributed.ALONE)
+    alone = worker.gradients(ALONE)
     one, two = (torch.load(tmp_path / f"gradients-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert len(alone) > 100
     for name, expected in alone.items():
@@ -172,7 +172,7 @@ def test_a_signal_saves_in_all_processes_at_one_step(undisturbed, tiny_data, tmp
     """Through ``launch``, which is what --gpus 0,1 does."""
     whole, _ = undisturbed
     arguments = (*NETWORK, *LAZY, "--data_dir", tiny_data, "--results_dir", tmp_path, "--save", "stopped", "--print-freq", "2")
-    code = "import distributed, sys; sys.exit(distributed.launch(sys.argv[1:], 2))"
+    code = "import sys; from training.processes import launch; sys.exit(launch(sys.argv[1:], 2))"
     command = list(map(str, [sys.executable, "-c", code, WORKER, tmp_path, "train", *arguments]))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
@@ -206,4 +206,4 @@ def test_each_process_takes_its_gpu(monkeypatch):
 
 def test_synchronized_statistics_need_gpus():
     with pytest.raises(UsageError, match="--sync_bn"):
-        distributed.synchronized(torch.nn.BatchNorm2d(3), CPU)
+        synchronized(torch.nn.BatchNorm2d(3), CPU)

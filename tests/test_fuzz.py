@@ -12,12 +12,12 @@ from conftest import make_class_folders
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import checkpoints
-import datasets
 import main_binary_reg
 import models
-import runs
-from errors import UsageError
+from sources.images import CACHE, read_small_images
+from training import checkpoints
+from training.folder import Run
+from utils import UsageError
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "600"))
 
@@ -99,7 +99,7 @@ def no_training():
         def stop(self, facts):
             raise Reached
 
-        patch.setattr(runs.Run, "open", stop)
+        patch.setattr(Run, "open", stop)
         patch.setattr(main_binary_reg.utils, "keep_freed_memory", lambda: None)
         yield
 
@@ -221,8 +221,8 @@ def test_damaged_caches(tmp_path):
     """Truncations and flipped bits of the decoded images: noticed, and the images are decoded again."""
     make_class_folders(tmp_path / "CIFAR10", train=1, test=1)
     said: list[str] = []
-    expected = datasets.read_small_images("cifar10", tmp_path, said.append)
-    cache = tmp_path / "CIFAR10" / datasets.CACHE
+    expected = read_small_images("cifar10", tmp_path, said.append)
+    cache = tmp_path / "CIFAR10" / CACHE
     content = cache.read_bytes()
     chance = random.Random(0)
     noticed = 0
@@ -234,7 +234,7 @@ def test_damaged_caches(tmp_path):
             damaged[chance.randrange(0 if trial % 2 else len(damaged) - 700, len(damaged))] ^= 1 << chance.randrange(8)
         cache.write_bytes(damaged)
         said.clear()
-        found = datasets.read_small_images("cifar10", tmp_path, said.append)
+        found = read_small_images("cifar10", tmp_path, said.append)
         noticed += bool(said)
         for split in ("train", "test"):
             assert np.array_equal(getattr(found, split).images, getattr(expected, split).images), trial

@@ -8,11 +8,10 @@ import pytest
 import torch
 from conftest import ROOT, run_main
 
-import cli
 import data
 import quantize
-import regimes
 from models import MODELS
+from training import arguments, regimes
 
 README = (ROOT / "README.md").read_text()
 EVERY_COMMAND = re.findall(r"^    .*\bmain_binary_reg\.py (.*)$", README, re.MULTILINE)
@@ -46,7 +45,7 @@ def test_command(command, folder, tiny_data):
 @pytest.mark.parametrize("command", EVERY_COMMAND)
 def test_every_command_is_accepted(command):
     names = {"modes": quantize.MODES, "models": MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
-    assert cli.parse(shlex.split(command), **names)[1] == []
+    assert arguments.parse(shlex.split(command), **names)[1] == []
 
 
 def test_there_are_the_published_commands():
@@ -76,14 +75,14 @@ def test_own_model():
 
 
 def test_flags_are_the_parsers():
-    parser = cli.build_parser(modes=quantize.MODES, models=MODELS, datasets=data.DATASETS, optimizers=regimes.OPTIMIZERS)
+    parser = arguments.build_parser(modes=quantize.MODES, models=MODELS, datasets=data.DATASETS, optimizers=regimes.OPTIMIZERS)
     actions = [action for action in parser._actions if action.dest != "help"]
     expected = [f"| {', '.join(f'`{flag}`' for flag in action.option_strings)} | {action.help} |" for action in actions]
     assert [line for line in README.splitlines() if line.startswith("| `-")] == expected
 
 
 def test_defaults_are_those_of_the_help():
-    parser = cli.build_parser(modes=quantize.MODES, models=MODELS, datasets=data.DATASETS, optimizers=regimes.OPTIMIZERS)
+    parser = arguments.build_parser(modes=quantize.MODES, models=MODELS, datasets=data.DATASETS, optimizers=regimes.OPTIMIZERS)
     for action in parser._actions:
         stated = re.findall(r"\(default: (-?[\w./-]+)[),;]", action.help)
         special = action.default in (None, {}) or action.dest in ("binary_reg", "help")  # a default that depends on the rest

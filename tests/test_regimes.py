@@ -5,9 +5,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-import regimes
-from errors import UsageError
 from models.resnet import CIFAR_REGIME, IMAGENET_REGIME
+from training import regimes
+from utils import UsageError
 
 SETTINGS = {"optimizer": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 FLAGS = {"regime": None, "binary_regime": False, "ttq_regime": False, "no_adjust": False}

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from errors import UsageError
+from training import computing
+from utils import UsageError
 
 CPU = torch.device("cpu")
 
@@ -43,27 +44,27 @@ def test_an_empty_meter_has_no_figures():
 
 def test_precision_follows_the_hardware(monkeypatch):
     for flags, expected in (({"avx512f"}, "fp32"), ({"avx512_bf16"}, "bf16"), ({"amx_bf16"}, "bf16"), (set(), "fp32")):
-        monkeypatch.setattr(utils, "_cpu_flags", lambda flags=flags: flags)
-        assert utils.select_precision("auto", CPU, tf32=False).name == expected
-    assert utils.select_precision("fp32", CPU, tf32=False).name == "fp32"
+        monkeypatch.setattr(computing, "_cpu_flags", lambda flags=flags: flags)
+        assert computing.select_precision("auto", CPU, tf32=False).name == expected
+    assert computing.select_precision("fp32", CPU, tf32=False).name == "fp32"
     weight = torch.ones(2, 2)
-    with utils.select_precision("bf16", CPU, tf32=False).autocast():
+    with computing.select_precision("bf16", CPU, tf32=False).autocast():
         assert (weight @ weight).dtype == torch.bfloat16
-    with utils.select_precision("fp32", CPU, tf32=False).autocast():
+    with computing.select_precision("fp32", CPU, tf32=False).autocast():
         assert (weight @ weight).dtype == torch.float32
 
 
 def test_compiling_is_for_long_runs_on_a_cpu_with_a_compiler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++")
-    assert utils.select_compile("auto", CPU, utils.COMPILE_PAYS_OFF)
-    assert not utils.select_compile("auto", CPU, utils.COMPILE_PAYS_OFF - 1)
-    assert not utils.select_compile("auto", torch.device("cuda"), 10**6)
-    assert not utils.select_compile("off", CPU, 10**6)
-    assert utils.select_compile("on", CPU, 1)
+    assert computing.select_compile("auto", CPU, computing.COMPILE_PAYS_OFF)
+    assert not computing.select_compile("auto", CPU, computing.COMPILE_PAYS_OFF - 1)
+    assert not computing.select_compile("auto", torch.device("cuda"), 10**6)
+    assert not computing.select_compile("off", CPU, 10**6)
+    assert computing.select_compile("on", CPU, 1)
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not utils.select_compile("auto", CPU, 10**6)
+    assert not computing.select_compile("auto", CPU, 10**6)
     with pytest.raises(UsageError, match="--compile on"):
-        utils.select_compile("on", CPU, 1)
+        computing.select_compile("on", CPU, 1)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler here")
@@ -74,6 +75,6 @@ def test_a_compiled_step_is_the_eager_one_to_rounding():
     )
     images = torch.randn(5, 3, 8, 8)
     expected = eager(images)
-    network = utils.CompiledNetwork(eager, batch_size=5)
+    network = computing.CompiledNetwork(eager, batch_size=5)
     torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
     assert network(images[:3]).shape == (3, 3)

@@ -22,19 +22,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import batches
-import distributed
-import loops
 import main_binary_reg
 import models
 import quantize
 import utils
-from datasets import Split
+from sources import batches
+from sources.images import Split
+from training import computing, epoch, loops
+from training.processes import Processes, here, joined
 
 CPU = torch.device("cpu")
 
 
-def gradients(processes: distributed.Processes) -> dict[str, torch.Tensor]:
+def gradients(processes: Processes) -> dict[str, torch.Tensor]:
     """Of one step on 7 images and one on a single image, which leaves a second process without any."""
     random = np.random.default_rng(0)
     split = Split(random.integers(0, 256, (8, 32, 32, 3)).astype(np.uint8), random.integers(0, 10, 8))
@@ -46,14 +46,14 @@ def gradients(processes: distributed.Processes) -> dict[str, torch.Tensor]:
     source, found = batches.TrainingBatches(split, 7, 0, CPU, share=processes.share), {}
     for step, (images, labels) in enumerate(source.epoch(0)):
         weight = processes.share.weight((7, 1)[step])
-        loops.train_step(network, optimizer, utils.Precision("fp32", "cpu"), meter, images.double(), labels, weight)
+        loops.train_step(network, optimizer, computing.Precision("fp32", "cpu"), meter, images.double(), labels, weight)
         found |= {f"{step} {name}": parameter.grad for name, parameter in model.named_parameters()}
         found |= {f"{step} {name} after": parameter.detach().clone() for name, parameter in model.named_parameters()}
     return found | {"meter": torch.tensor(list(meter.read().values()), dtype=torch.float64)}
 
 
 def train(out: Path, rank: int, arguments: list[str]) -> int:
-    finish_epoch, between_steps = main_binary_reg.finish_epoch, main_binary_reg.between_steps
+    finish_epoch, between_steps = epoch.finish_epoch, epoch.between_steps
     steps = 0
 
     def finish_and_note(job, state, row, board):
@@ -70,7 +70,7 @@ def train(out: Path, rank: int, arguments: list[str]) -> int:
             os.kill(os.getpid(), signal.SIGKILL)
         between_steps(job, state)
 
-    main_binary_reg.finish_epoch, main_binary_reg.between_steps = finish_and_note, step_or_die
+    main_binary_reg.finish_epoch, epoch.between_steps = finish_and_note, step_or_die
     return main_binary_reg.main(arguments)
 
 
@@ -92,14 +92,14 @@ def threads() -> str:
 
 def main() -> int:
     out, task, *arguments = sys.argv[1:]
-    processes = distributed.here()
+    processes = here()
     gc.disable()  # the program itself must let go of what keeps threads, not a collection that happens to come
     atexit.register(note_threads, Path(out).absolute() / f"threads-{processes.share.rank}")
     if task == "apart":
         os.chdir(Path(out) / str(processes.share.rank))
     if task in ("train", "apart"):
         return train(Path(out), processes.share.rank, arguments)
-    with distributed.joined(processes, CPU):
+    with joined(processes, CPU):
         torch.save(gradients(processes), Path(out) / f"gradients-{processes.share.rank}.pt")
     return 0
 

@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import batches
-import captured
-import loops
 import quantize
-import regimes
 import utils
-from datasets import Split
 from models import resnet
+from sources import batches
+from sources.images import Split
+from training import captured, computing, loops, regimes
 
 ADAM = {"optimizer": "Adam", "lr": 0.01}
 STRENGTH = {"none": 0.0, "lazy": 1.0, "prox": 0.01, "prox_ternary": 0.01}
@@ -29,7 +27,7 @@ class Setting:
 
     def __init__(self, device: torch.device, precision: str, depth: int = 20, batch_size: int = 128, images: int = 6000) -> None:
         self.device, self.depth, self.batch_size = device, depth, batch_size
-        self.precision = utils.select_precision(precision, device, tf32=False)
+        self.precision = computing.select_precision(precision, device, tf32=False)
         random = np.random.default_rng(0)
         self.split = Split(random.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8), random.integers(0, 10, images))
 
@@ -62,7 +60,7 @@ def ours(setting: Setting, mode_name: str, compiled: bool = False, capture: bool
     """A step of main_binary_reg.py."""
     model = setting.network()
     optimizer, meter, source = setting.optimizer(model, mode_name, capture), utils.Meter(setting.device), setting.batches()
-    network = utils.CompiledNetwork(model, setting.batch_size) if compiled else model
+    network = computing.CompiledNetwork(model, setting.batch_size) if compiled else model
     step = functools.partial(loops.train_step, network, optimizer, setting.precision, meter)
     if capture:
         step = captured.CapturedStep(step, optimizer, setting.batch_size)

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-import batches
-import captured
-import loops
 import utils
 from benchmark.contenders import Setting, ours
-from datasets import Split
+from sources import batches
+from sources.images import Split
+from training import captured, loops
 
 SECONDS_TOGETHER = 10.0
 

@@ -9,22 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import checkpoints
-import cli
 import data
 import models
 import quantize
-import regimes
 from reporting import runs
 from reporting.runs import Run
 from reporting.schedules import DATA, PRECISION, PROCESSES, REGIME, STRENGTH, schedule_text, shown
 from reporting.statistics import Spread, spread
+from training import checkpoints, regimes
+from training.arguments import DERIVED, build_parser
 
 # What may differ inside a group: the seed, where things lie, and what changes no number.
 FREE = {"seed", "save", "tb_dir", "results_dir", "data_dir", "gpus", "workers", "print_freq", "checkpoint_minutes", "save_all",
-        "overwrite", "evaluate", *cli.DERIVED}  # fmt: skip
+        "overwrite", "evaluate", *DERIVED}  # fmt: skip
 _NAMES = {"modes": quantize.MODES, "models": models.MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
-DEFAULTS = vars(cli.build_parser(**_NAMES).parse_args([]))
+DEFAULTS = vars(build_parser(**_NAMES).parse_args([]))
 
 
 def identity(run: Run) -> dict[str, Any]:

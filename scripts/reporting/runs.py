@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import checkpoints
+from training import checkpoints
 
 _MARKS = ("args.json", "results.csv", checkpoints.LATEST)  # a folder with one of them is a run's
 _LOST = re.compile(r"(.+_run_\d+)\.out")  # what scripts/seeds.sh keeps of a run's output, beside its folder

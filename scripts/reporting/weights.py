@@ -9,8 +9,8 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-import checkpoints
 from reporting.runs import Run, candidates
+from training import checkpoints
 
 EDGES = np.linspace(-1, 1, 41)  # of the bins that are shown
 STRIPS = 5  # so many epochs are shown

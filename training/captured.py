@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import regimes
-from errors import UsageError
-from loops import Step
 from quantize import ProjectedOptimizer
+from training import regimes
+from training.loops import Step
+from utils import UsageError
 
 Replay = Callable[[], None]
 WARM_UP = 3  # steps before a recording: libraries choose their algorithms, the optimizer makes its state

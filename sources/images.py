@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UsageError
-from files import write_whole
+from utils import UsageError, write_whole
 
 Say = Callable[[str], object]
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CACHE = "decoded-images.npz"
-SAMPLE = Path(__file__).parent / "sample" / "fashion-mnist-7000.npz"
+SAMPLE = Path(__file__).parent.parent / "sample" / "fashion-mnist-7000.npz"
 SIDE = 32  # pixels
 
 

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 
-import checkpoints
-import cli
-from errors import UsageError
-from files import write_text
+from training import checkpoints
+from training.arguments import DERIVED
+from utils import UsageError, write_text
 
 COLUMNS = (
     "epoch", "train_loss", "val_loss", "train_error1", "val_error1", "train_error5", "val_error5",
@@ -251,7 +250,7 @@ def log_to_terminal(level: int = logging.INFO) -> None:
 def facts_of_machine(device: torch.device) -> dict[str, Any]:
     """Versions, device and revision, for ``args.json``."""
     names = ("torchvision", "numpy", "tensorboardX")
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     return {
         "command": sys.argv,
@@ -280,7 +279,7 @@ def _version(package: str) -> str | None:
 
 def _comparable(args: Namespace) -> dict[str, Any]:
     """The arguments as JSON gives them back."""
-    return json.loads(json.dumps({name: value for name, value in sorted(vars(args).items()) if name not in cli.DERIVED}))
+    return json.loads(json.dumps({name: value for name, value in sorted(vars(args).items()) if name not in DERIVED}))
 
 
 def _check_writable(folder: Path) -> None:

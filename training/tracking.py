@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from torch import Tensor
 
-import cli
+from training.arguments import DERIVED
 
 HISTOGRAMS = 20  # about so many over a run: enough to see the weights split, small enough to load quickly
 BINS = 80
@@ -66,7 +66,7 @@ class Board:
     def add_start(self, args: Namespace, weights: Mapping[str, Tensor], epoch: int) -> None:
         """The arrangement of the charts, the arguments as text, and the weights before the first step."""
         self._add(summary.custom_scalars(_LAYOUT), epoch)
-        shown = {name: value for name, value in sorted(vars(args).items()) if name not in cli.DERIVED}
+        shown = {name: value for name, value in sorted(vars(args).items()) if name not in DERIVED}
         self._add(summary.text("arguments", "\n".join(f"    {name} = {json.dumps(value)}" for name, value in shown.items())), epoch)
         self.add_histograms(weights, epoch)
         self.flush()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from errors import UsageError
+from utils import UsageError
 
 Regime = dict[int, dict[str, Any]]
 

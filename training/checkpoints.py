@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from errors import UsageError
-from files import write_whole
+from utils import UsageError, write_whole
 
 LATEST = "checkpoint.pth.tar"
 PREVIOUS = "checkpoint.previous.pth.tar"

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from batches import EVERYTHING, MEAN, STD, Share, generator
-from datasets import hold_out
-from errors import UsageError
+from sources.batches import EVERYTHING, MEAN, STD, Share, generator
+from sources.images import hold_out
+from utils import UsageError
 
 FOLDERS = ("imagenet", "ImageNet", "Imagenet", ".")
 
@@ -72,7 +72,7 @@ class _Seeded(Dataset):
 
 
 class FolderBatches:
-    """A split of class folders in batches; see ``batches.Batches``.
+    """A split of class folders in batches; see ``sources.batches.Batches``.
 
     Of several processes each takes its part of every batch if ``shuffled`` (training), else whole batches in turn.
     """

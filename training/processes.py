@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from batches import EVERYTHING, Share
-from errors import UsageError
+from sources.batches import EVERYTHING, Share
+from utils import UsageError
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import quantize
-import regimes
-from errors import UsageError
-from utils import Meter
+from training import regimes
+from utils import Meter, UsageError
 
 
 @dataclass

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from batches import Batches
 from quantize import ProjectedOptimizer
-from runs import log
-from state import State
-from utils import Meter, Precision
+from sources.batches import Batches
+from training.computing import Precision
+from training.folder import log
+from training.state import State
+from utils import Meter
 
 Network = Callable[[Tensor], Tensor]
 Step = Callable[[Tensor, Tensor, float], None]  # images, labels, weight
@@ -95,7 +96,7 @@ def train_step(
 ) -> None:
     """One step on one batch. Nothing in here waits for the device.
 
-    ``weight`` is that of this process's share of the batch, see ``batches.Share``; with 0 the batch is not counted.
+    ``weight`` is that of this process's share of the batch, see ``sources.batches.Share``; with 0 the batch is not counted.
     """
     optimizer.zero_grad()
     with precision.autocast():

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from datasets import SIDE, Split
+from sources.images import SIDE, Split
 
 # The ImageNet statistics, for every data set: so did the published runs (RGB, of pixels in [0, 1]).
 MEAN = (0.485, 0.456, 0.406)

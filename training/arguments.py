@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
-from errors import UsageError
+from utils import UsageError
 
 DESCRIPTION = """\
 Trains a ResNet in full precision or toward binary or ternary weights (ProxQuant, BinaryConnect), logs to TensorBoard, and

@@ -1,0 +1,1 @@
+"""Where samples come from: small images, ImageNet, and their batches on the device."""

@@ -1,0 +1,1 @@
+"""One training run: its arguments, regime, epochs, evaluation, state, checkpoints, folder, TensorBoard events and processes."""

@@ -1,0 +1,165 @@
+"""One epoch of a run: training, both validations, and what is written down at its end."""
+
+import functools
+import time
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import data
+import quantize
+from training import captured, loops, regimes, tracking
+from training.computing import Precision
+from training.folder import Run, log
+from training.processes import Processes
+from training.state import State
+from utils import Meter
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from a run's first epoch to its last."""
+
+    args: Namespace
+    run: Run
+    sets: data.Data
+    mode: quantize.ProjectionMode
+    regime: regimes.Regime
+    device: torch.device
+    precision: Precision
+    processes: Processes
+    network: nn.Module
+    captured_step: captured.CapturedStep | None
+    stop: loops.StopSignals
+
+
+def describe(job: Job, state: State) -> None:
+    """What is about to run, in the log."""
+    args, sets = job.args, job.sets
+    parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    computed = f"{job.precision.name} ({job.precision.reason}){', compiled' if state.compiled else ''}"
+    computed += ", captured" if job.captured_step else ""
+    place = f"{job.processes.share.count} processes, the first on {job.device}" if job.processes.several else str(job.device)
+    log.info(f"run: {job.run.folder} on {place}, {computed}, seed {args.seed}")
+    log.info(f"data: {sets.source}; {sets.train.samples} training and {sets.validation.samples} validation images")
+    log.info(
+        f"network: {args.model} of depth {state.model.depth}, {parameters:,} parameters"
+        + (f", from {args.resume}" if args.resume else "")
+    )
+    log.info(f"regime: {job.regime}")
+    latent = state.optimizer.latent
+    if latent:
+        count = sum(weight.numel() for weight in latent.values())
+        log.info(f"mode: {job.mode.name} ({job.mode.title}), {count:,} weights in {len(latent)} tensors ({count / parameters:.1%})")
+        log.debug(f"quantized: {', '.join(latent)}")
+
+
+def train_epoch(job: Job, state: State) -> dict[str, Any]:
+    """An epoch's training and validations; returns its row of results."""
+    began = time.perf_counter() - state.seconds
+    args, optimizer = job.args, state.optimizer
+    settings = regimes.settings_at(job.regime, state.epoch)
+    if args.freeze_epoch != -1 and state.epoch >= args.freeze_epoch and optimizer.projecting:
+        optimizer.freeze()
+        log.info(f"frozen after {state.epoch} epochs: the quantized weights stay as they are, the rest trains on")
+    if state.step == 0:
+        set_optimizer(job, state, settings)
+    try:
+        words = f"epoch {state.epoch + 1}/{args.epochs}"
+        progress = loops.Progress(words, job.sets.train, state, args.print_freq, shown=job.processes.first)
+        step = job.captured_step or functools.partial(
+            loops.train_step, job.processes.averaging(job.network), optimizer, job.precision, state.meter
+        )
+        loops.train(state, step, job.sets.train, lambda: between_steps(job, state), progress)
+        job.processes.align_buffers(state.model)
+        row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength if optimizer.projecting else 0.0}
+        row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
+        with optimizer.hard_quantized():
+            if optimizer.projecting:
+                row |= _columns("val", validate(job, state), "_bin")
+            elif optimizer.frozen:
+                row |= {f"val_{name}_bin": row[f"val_{name}"] for name in ("loss", "error1", "error5")}
+            prec1 = 100 - row.get("val_error1_bin", row["val_error1"])
+            if state.best_prec1 is None or prec1 > state.best_prec1:
+                state.best_prec1 = prec1
+                job.run.save_best({**state.network(args), "epoch": state.epoch + 1, "results": row})
+    finally:
+        state.seconds = time.perf_counter() - began
+    return {**row, "seconds": round(state.seconds, 3)}
+
+
+def between_steps(job: Job, state: State) -> None:
+    """Ends the process after a signal, and saves inside a long epoch; all processes at the same step."""
+    minutes = job.args.checkpoint_minutes
+    due = job.processes.first and minutes > 0 and time.monotonic() - job.run.saved_at > 60 * minutes
+    number, due = job.processes.largest(job.stop.number, int(due))
+    job.stop.answer(number)
+    if due:
+        job.run.save_state(state.checkpoint(job.args))
+        log.debug(f"saved after step {state.step}")
+
+
+def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:
+    """The optimizer and the strength of an epoch."""
+    optimizer = state.optimizer
+    kind = regimes.OPTIMIZERS[settings["optimizer"]]
+    kept = job.args.keep_optimizer_state
+    in_place = kept or job.captured_step is not None  # a recording finds the state where it was
+    if in_place and type(optimizer.base_optimizer) is kind:
+        regimes.update_settings(optimizer.base_optimizer, settings)
+        if not kept:
+            regimes.zero_state(optimizer.base_optimizer)
+    else:  # a new one at each epoch, as published: moments and momentum start from zero
+        optimizer.base_optimizer = regimes.build_optimizer(state.model.parameters(), settings)
+        if job.captured_step is not None:
+            regimes.make_capturable(optimizer.base_optimizer, job.device)
+    if optimizer.projecting:
+        strength = job.mode.strength(job.args.rate, state.epoch)
+        if job.args.adjust_reg and settings["lr"]:
+            strength *= job.regime[0]["lr"] / settings["lr"]
+        optimizer.set_strength(strength)
+
+
+def validate(job: Job, state: State) -> dict[str, float]:
+    """Loss and errors of the network as it is now."""
+    meter = Meter(job.device, job.processes.total)
+    return loops.validate(
+        state.model, job.sets.validation, meter, job.precision, lambda: job.stop.answer(*job.processes.largest(job.stop.number))
+    )
+
+
+def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Board) -> None:
+    """Counts the epoch, and writes it down: TensorBoard, log, checkpoint and results, in this order.
+
+    What is written after the checkpoint can be made again from it; what is written before is purged when its epoch is repeated.
+    """
+    args, optimizer = job.args, state.optimizer
+    metrics = quantize.measure(optimizer.latent, optimizer.quantized(), state.start_signs)
+    row |= {metric: sum(values.values()) / len(values) for metric, values in metrics.items()}
+    state.history.append(row)
+    state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
+    state.meter.reset()
+    board.add_epoch(row, metrics)
+    if state.epoch % max(1, args.epochs // tracking.HISTOGRAMS) == 0 or state.epoch in (args.freeze_epoch, args.epochs):
+        board.add_histograms(optimizer.latent, state.epoch)
+    if state.epoch == args.epochs:
+        board.add_final(args, row, 100 - state.best_prec1)
+    board.flush()
+    log.info(f"epoch {state.epoch}/{args.epochs}: {_in_words(row)}")
+    job.run.save_state(state.checkpoint(args), keep=args.save_all)
+    job.run.write_results(state.history)
+
+
+def _columns(split: str, figures: dict[str, float], suffix: str = "") -> dict[str, float]:
+    return {f"{split}_{name}{suffix}": value for name, value in figures.items()}
+
+
+def _in_words(row: dict[str, Any]) -> str:
+    words = f"train loss {row['train_loss']:.4f} error {row['train_error1']:.2f}%, "
+    words += f"validation loss {row['val_loss']:.4f} error {row['val_error1']:.2f}%"
+    if "val_error1_bin" in row:
+        words += f", quantized {row['val_loss_bin']:.4f} {row['val_error1_bin']:.2f}%"
+    return f"{words}, lr {row['lr']:g}, strength {row['strength']:g}, {row['seconds']:.1f} s"

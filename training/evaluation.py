@@ -1,0 +1,99 @@
+"""Evaluation of a checkpoint, as it is and hard-quantized; and what it shares with a run: the data and the network."""
+
+import ast
+from argparse import Namespace
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import data
+import quantize
+from models import MODELS
+from training import checkpoints, loops
+from training.computing import select_precision
+from training.folder import log
+from training.processes import ALONE, Processes
+from utils import Meter, UsageError, select_device
+
+
+def evaluate(args: Namespace) -> int:
+    """Prints plain and hard-quantized loss and errors of a checkpoint. What is not given comes from the checkpoint."""
+    path = checkpoints.locate(Path(args.evaluate))
+    content = checkpoints.read(path)
+    model_name = _given_or_kept(args, content, "model", MODELS)
+    dataset = _given_or_kept(args, content, "dataset", data.DATASETS)
+    args.precision = _given_or_kept(args, content, "precision", ("auto", "fp32", "bf16"))
+    args.holdout = _given_or_kept(args, content, "holdout", range(2**31))
+    args.input_size = _given_or_kept(args, content, "input_size", (None, *range(32, 2049)))
+    mode_name = _given_or_kept(args, content, "projection_mode", [*quantize.MODES, None])
+    mode = quantize.MODES.get(mode_name, quantize.FULL_PRECISION)
+    config = _config_of(content) | args.model_config
+    device, warning = select_device(args.device, args.gpus, "gpus" in args.typed)
+    if warning:
+        log.warning(f"warning: {warning}")
+    precision = select_precision(args.precision, device, args.tf32)
+    sets = load_data(args, dataset, device)
+    model = build_model(model_name, dataset, config, sets.classes).to(device, memory_format=torch.channels_last)
+    checkpoints.load_weights(model, content, path)
+
+    log.info(f"{path}: {model_name} {config} on {sets.source}, projection mode {mode_name or 'none'}")
+    figures = {"as it is": loops.validate(model, sets.validation, Meter(device), precision)}
+    if mode is not quantize.FULL_PRECISION:
+        # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
+        if not (content.get("hard_quantized") and content.get("projection_mode") == mode_name):
+            with torch.no_grad():
+                for _, weight in mode.select(model):
+                    weight.copy_(mode.hard_quantize(weight))
+        figures["hard-quantized"] = loops.validate(model, sets.validation, Meter(device), precision)
+    for words, found in figures.items():
+        log.info(f"{words}: loss {found['loss']:.6f}, top-1 error {found['error1']:.2f}%, top-5 error {found['error5']:.2f}%")
+    return 0
+
+
+def load_data(args: Namespace, dataset: str, device: torch.device, processes: Processes = ALONE) -> data.Data:
+    """The data set, with what this process takes of it."""
+    return data.load(
+        dataset,
+        Path(args.data_dir),
+        device,
+        args.batch_size,
+        args.seed,
+        log.info,
+        workers=args.workers,
+        input_size=args.input_size,
+        holdout=args.holdout,
+        share=processes.share,
+    )
+
+
+def build_model(name: str, dataset: str, config: dict[str, Any], classes: int) -> nn.Module:
+    """The network for a data set; raises UsageError on a depth or a number of classes that cannot be."""
+    try:
+        model = MODELS[name](dataset=dataset, **{"num_classes": classes, **config})
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"--model_config {config}: {error}") from None
+    if config.get("num_classes", classes) < classes:
+        raise UsageError(f"--model_config {config}: {dataset} has {classes} classes, num_classes of at least that is needed")
+    return model
+
+
+def _given_or_kept(args: Namespace, content: dict[str, Any], name: str, known: Collection[str | int | None]) -> Any:
+    """What the user typed, else what the checkpoint says, else the flag's default."""
+    value = getattr(args, name) if name in args.typed else content.get(name, getattr(args, name))
+    if not isinstance(value, str | int | None) or value not in known:
+        raise UsageError(f"--evaluate {args.evaluate}: the checkpoint's {name} {value!r} is not known; give --{name}")
+    return value
+
+
+def _config_of(content: dict[str, Any]) -> dict[str, Any]:
+    """Depth and classes from a checkpoint; the published ones hold the flag's text."""
+    config = content.get("config") or {}
+    if isinstance(config, str):
+        try:
+            config = ast.literal_eval(config)
+        except (ValueError, SyntaxError):
+            config = {}
+    return {name: config[name] for name in ("depth", "num_classes") if isinstance(config, dict) and name in config}
