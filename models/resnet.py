@@ -21,8 +21,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.batch_norm import BatchNorm
-
 Regime = dict[int, dict[str, Any]]
 
 # Epoch: settings from there on (sticky).
@@ -53,9 +51,9 @@ class BasicBlock(nn.Module):
     def __init__(self, inputs: int, maps: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, maps, 3, stride)
-        self.bn1 = BatchNorm(maps)
+        self.bn1 = nn.BatchNorm2d(maps)
         self.conv2 = _conv(maps, maps, 3)
-        self.bn2 = BatchNorm(maps)
+        self.bn2 = nn.BatchNorm2d(maps)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
@@ -74,11 +72,11 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs: int, maps: int, stride: int, downsample: nn.Module | None) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, maps, 1)
-        self.bn1 = BatchNorm(maps)
+        self.bn1 = nn.BatchNorm2d(maps)
         self.conv2 = _conv(maps, maps, 3, stride)
-        self.bn2 = BatchNorm(maps)
+        self.bn2 = nn.BatchNorm2d(maps)
         self.conv3 = _conv(maps, self.expansion * maps, 1)
-        self.bn3 = BatchNorm(self.expansion * maps)
+        self.bn3 = nn.BatchNorm2d(self.expansion * maps)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
@@ -94,7 +92,7 @@ def _stage(block: type[BasicBlock | Bottleneck], inputs: int, maps: int, blocks:
     outputs = maps * block.expansion
     downsample = None
     if stride != 1 or inputs != outputs:
-        downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), BatchNorm(outputs))
+        downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
     first = block(inputs, maps, stride, downsample)
     return nn.Sequential(first, *(block(outputs, maps, 1, None) for _ in range(blocks - 1)))
 
@@ -105,7 +103,7 @@ def _initialize(model: nn.Module) -> None:
         if isinstance(layer, nn.Conv2d):
             fan_out = layer.kernel_size[0] * layer.kernel_size[1] * layer.out_channels
             nn.init.normal_(layer.weight, 0.0, math.sqrt(2.0 / fan_out))
-        elif isinstance(layer, BatchNorm):
+        elif isinstance(layer, nn.BatchNorm2d):
             nn.init.ones_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -123,7 +121,7 @@ class CifarResNet(nn.Module):
         self.depth = depth
         blocks = (depth - 2) // 6
         self.conv1 = _conv(3, 16, 3)
-        self.bn1 = BatchNorm(16)
+        self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
         self.layer1 = _stage(BasicBlock, 16, 16, blocks, 1)
         self.layer2 = _stage(BasicBlock, 16, 32, blocks, 2)
@@ -149,7 +147,7 @@ class ImageNetResNet(nn.Module):
         block = BasicBlock if depth < 50 else Bottleneck
         blocks = IMAGENET_BLOCKS[depth]
         self.conv1 = _conv(3, 64, 7, 2)
-        self.bn1 = BatchNorm(64)
+        self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.layer1 = _stage(block, 64, 64, blocks[0], 1)

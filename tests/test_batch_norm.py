@@ -1,12 +1,14 @@
 """Batch normalization against torch's own, in float64."""
 
+import copy
 import shutil
 
 import pytest
 import torch
 from torch import nn
 
-from models.batch_norm import BatchNorm, normalize
+from training.batch_norm import BatchNorm, normalize, swap_in
+from training.computing import CompiledNetwork
 
 EPS = 1e-5
 
@@ -72,8 +74,9 @@ def test_the_layer_compiled_is_the_layer():
     """What a compiler makes of a training step, running statistics and counter included; eager it is torch's own."""
     torch.manual_seed(0)
     images = torch.randn(4, 3, 5, 5)
-    layers = [BatchNorm(3), nn.BatchNorm2d(3)]
-    networks = [torch.compile(layers[0], dynamic=False), layers[1]]
+    layers = [nn.BatchNorm2d(3), nn.BatchNorm2d(3)]
+    networks = [CompiledNetwork(layers[0], batch_size=4), layers[1]]
+    assert [type(layer) for layer in layers] == [BatchNorm, nn.BatchNorm2d]
     gradients = []
     for layer, network in zip(layers, networks, strict=True):
         for _ in range(3):
@@ -84,3 +87,21 @@ def test_the_layer_compiled_is_the_layer():
     torch.testing.assert_close(layers[0].state_dict(), layers[1].state_dict())
     layers[0].zero_grad()
     assert torch.equal(layers[0](images), nn.functional.batch_norm(images, None, None, layers[0].weight, layers[0].bias, True))
+
+
+def test_swapped_in_the_network_is_the_same_one():
+    """Names and objects stay, for optimizers and checkpoints; a copy computes what torch's own layers do while not compiled."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3, affine=False)))
+    plain, images = copy.deepcopy(network), torch.randn(4, 3, 5, 5)
+    before = network.state_dict(keep_vars=True)
+    swap_in(network)
+    assert [type(layer) for layer in (network[1], network[2][0])] == [BatchNorm, nn.BatchNorm2d]
+    after = network.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    copied = copy.deepcopy(network)
+    for training in (True, False):
+        assert torch.equal(copied.train(training)(images), plain.train(training)(images))
+    for name, value in plain.state_dict().items():
+        assert torch.equal(copied.state_dict()[name], value), name

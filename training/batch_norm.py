@@ -1,4 +1,4 @@
-"""Batch normalization, with formulas of its own where a network is compiled for training on a CPU.
+"""Batch normalization with formulas of its own, for networks that are compiled for training on a CPU.
 
 What torch.compile makes of ``nn.BatchNorm2d`` there takes the variance by Welford's recurrence, each element waiting for the one
 before it, and keeps mean and deviation for the backward pass in the activations' precision, which under autocast is bf16. Here
@@ -14,15 +14,23 @@ from torch.autograd.function import FunctionCtx
 _EACH_CHANNEL = (0, 2, 3)
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with its defaults: names, statistics and results, up to rounding. ``(N, C, H, W)`` to the same."""
+def swap_in(network: nn.Module) -> None:
+    """Has a network's ``nn.BatchNorm2d`` layers normalize by these formulas where they are compiled in training.
 
-    def __init__(self, features: int) -> None:
-        super().__init__(features)
+    Each layer stays the object that it is, so its parameters, buffers and their names do, for optimizers and checkpoints. Layers
+    without weights or running averages, and subclasses, which may compute something else, are left as they are.
+    """
+    for layer in network.modules():
+        if type(layer) is nn.BatchNorm2d and layer.affine and layer.track_running_stats and layer.momentum is not None:
+            layer.__class__ = BatchNorm
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """``nn.BatchNorm2d``: its statistics and results, up to rounding; not compiled or in evaluation, to the last bit."""
 
     def forward(self, x: Tensor) -> Tensor:
         count = x.numel() // x.shape[1]
-        if not (self.training and torch.compiler.is_compiling() and x.device.type == "cpu" and count > 1):
+        if not (self.training and torch.compiler.is_compiling() and count > 1):
             return super().forward(x)
         y, mean, variance = normalize(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
