@@ -1,5 +1,7 @@
 """ImageNet as class folders, decoded in worker processes."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,3 +124,16 @@ def _leave_signals(worker: int) -> None:
     """A signal to the whole group of processes is the run's to answer: it still needs its workers to finish the step and save."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Ends the workers that are left when Python ends, whatever ended it.
+
+    An error keeps its loader alive, and with it its workers; Python would then send them SIGTERM, which they ignore, and wait.
+    """
+    left = [child for child in multiprocessing.active_children() if child.daemon]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take their end for an accident
+    for worker in left:
+        worker.kill()

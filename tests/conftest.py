@@ -48,3 +48,18 @@ def tiny_data(tmp_path_factory) -> Path:
     data_dir = tmp_path_factory.mktemp("data")
     make_class_folders(data_dir / "CIFAR10")
     return data_dir
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory) -> Path:
+    """A data folder with 200 + 60 images of many sizes in ImageNet's class folders."""
+    data, random = tmp_path_factory.mktemp("imagenet_data"), np.random.default_rng(0)
+    for split, count in (("train", 50), ("val", 15)):
+        for index, name in enumerate(("n01", "n02", "n03", "n04")):
+            folder = data / "imagenet" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                height, width = random.integers(40, 120, 2)
+                pixels = random.integers(60 * index, 60 * index + 60, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    return data

@@ -10,11 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import MAIN, ROOT, run_main
-from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
@@ -474,21 +472,6 @@ def test_deterministic_changes_nothing_on_the_cpu(place):
         run_main(*arguments(place, "--save", name, "--epochs", 1, "--device", "cpu", *more))
     loose, strict = (load(place["results"] / name)["state_dict"] for name in ("loose", "strict"))
     assert all(torch.equal(loose[name], strict[name]) for name in loose)
-
-
-@pytest.fixture(scope="module")
-def imagenet(tmp_path_factory) -> Path:
-    """A data folder with 200 + 60 images of many sizes in ImageNet's class folders."""
-    data, random = tmp_path_factory.mktemp("imagenet_data"), np.random.default_rng(0)
-    for split, count in (("train", 50), ("val", 15)):
-        for index, name in enumerate(("n01", "n02", "n03", "n04")):
-            folder = data / "imagenet" / split / name
-            folder.mkdir(parents=True)
-            for number in range(count):
-                height, width = random.integers(40, 120, 2)
-                pixels = random.integers(60 * index, 60 * index + 60, (height, width, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{number}.jpg")
-    return data
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -100,7 +100,7 @@ def no_training():
             raise Reached
 
         patch.setattr(Run, "open", stop)
-        patch.setattr(main_binary_reg.utils, "keep_freed_memory", lambda: None)
+        patch.setattr(main_binary_reg.computing, "keep_freed_memory", lambda: None)
         yield
 
 
