@@ -37,6 +37,7 @@ from training.evaluation import build_model, evaluate, load_data
 from training.folder import Run, facts_of_machine, log, log_to_terminal
 from training.processes import Processes, here, joined, launch, lost_another, started_by_torchrun, synchronized
 from training.state import State
+from training.tasks import task_of
 from utils import UsageError
 
 
@@ -92,7 +93,7 @@ def train(args: Namespace, warnings: list[str], run: Run, device: torch.device, 
     if args.deterministic:
         computing.be_deterministic()
     precision = computing.select_precision(args.precision, device, args.tf32)
-    sets = load_data(args, args.dataset, device, processes)
+    task, sets = task_of(args.dataset), load_data(args, args.dataset, device, processes)
     utils.seed_everything(args.seed)
     model = build_model(args.model, args.dataset, args.model_config, sets.classes).to(device, memory_format=torch.channels_last)
     if args.sync_bn:
@@ -108,7 +109,8 @@ def train(args: Namespace, warnings: list[str], run: Run, device: torch.device, 
     base_optimizer = regimes.build_optimizer(model.parameters(), regimes.settings_at(regime, args.start_epoch))
     optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode, capturable=args.capture)
     start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
-    state = State(model, optimizer, start_signs, utils.Meter(device, processes.total), args.start_epoch)
+    meter, carried = task.meter(device, processes.total), task.carried(model, sets.train)
+    state = State(task, model, optimizer, start_signs, meter, carried, args.start_epoch)
     steps = (args.epochs - args.start_epoch) * len(sets.train)
     state.compiled = computing.select_compile(args.compile, device, steps)
     state.processes = processes.share.count
@@ -128,18 +130,17 @@ def train(args: Namespace, warnings: list[str], run: Run, device: torch.device, 
                 state.meter.reset()  # the first one has the counts of all
         if not processes.alike(state.epoch, state.step):
             raise UsageError(f"--results_dir: the processes do not all see the same {run.folder}; several machines must share it")
-        part = processes.share.part(0, args.batch_size)
-        network = computing.CompiledNetwork(model, part.stop - part.start) if state.compiled else model
+        network = computing.CompiledNetwork(model, task.length(sets.train)) if state.compiled else model
         captured_step = None
         if args.capture:
             regimes.make_capturable(optimizer.base_optimizer, device)
-            step = functools.partial(loops.train_step, network, optimizer, precision, state.meter)
-            captured_step = captured.CapturedStep(step, optimizer, args.batch_size)
+            step = functools.partial(loops.train_step, task, network, optimizer, precision, state.meter, state.carried)
+            captured_step = captured.CapturedStep(step, optimizer, task.length(sets.train))
         job = Job(args, run, sets, mode, regime, device, precision, processes, network, captured_step, loops.StopSignals())
         describe(job, state)
         tb_dir = Path(args.tb_dir) if args.tb_dir else run.folder / "tb"
         purged_from = 0 if run.state is None else state.epoch + 1
-        with tracking.Board(tb_dir if processes.first else None, purged_from) as board:
+        with tracking.Board(task, tb_dir if processes.first else None, purged_from) as board:
             if run.state is None:
                 board.add_start(args, optimizer.latent, state.epoch)
             run.write_results(state.history)
@@ -153,7 +154,7 @@ def train(args: Namespace, warnings: list[str], run: Run, device: torch.device, 
                     log.info(f"{interruption} in epoch {state.epoch + 1}, {words}")
                     raise
                 finish_epoch(job, state, row, board)
-        log.info(f"{run.folder}: done, best error {100 - state.best_prec1:.2f}%")
+        log.info(f"{run.folder}: done, {task.best_in_words(state.best)}")
     finally:
         run.close()
     return 0

@@ -108,7 +108,24 @@ def _initialize(model: nn.Module) -> None:
             nn.init.zeros_(layer.bias)
 
 
-class CifarResNet(nn.Module):
+class _ResNet(nn.Module):
+    """What the two have in common: they can say what they are."""
+
+    depth: int
+    fc: nn.Linear
+
+    @property
+    def config(self) -> dict[str, int]:
+        """What ``resnet`` needs to build this one."""
+        return {"depth": self.depth, "num_classes": self.fc.out_features}
+
+    @property
+    def size(self) -> str:
+        """In words."""
+        return f"depth {self.depth}"
+
+
+class CifarResNet(_ResNet):
     """ResNet for 32x32 images: three stages of n basic blocks with 16, 32 and 64 maps; depth 6n+2.
 
     ``(N, 3, 32, 32)`` normalized images to ``(N, num_classes)`` logits.
@@ -136,7 +153,7 @@ class CifarResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-class ImageNetResNet(nn.Module):
+class ImageNetResNet(_ResNet):
     """ResNet for ImageNet: four stages with 64, 128, 256 and 512 maps. ``(N, 3, H, W)`` images to ``(N, num_classes)`` logits."""
 
     regime = IMAGENET_REGIME

@@ -29,6 +29,7 @@ import quantize
 import utils
 from sources import batches
 from training import computing, loops
+from training.tasks import IMAGES
 
 
 def shares(setting: Setting, mode_name: str, count: int) -> dict[str, float]:
@@ -78,7 +79,7 @@ def validation_rate(setting: Setting, count: int) -> float:
     rates = []
     for _ in range(count):
         began = time.perf_counter()
-        loops.validate(model, images, utils.Meter(setting.device), setting.precision)
+        loops.validate(IMAGES, model, images, utils.Meter(setting.device), setting.precision)
         rates.append(images.samples / (time.perf_counter() - began))
     return statistics.median(rates)
 

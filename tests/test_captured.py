@@ -18,6 +18,7 @@ import models
 import quantize
 import utils
 from training import captured, checkpoints, computing, loops, regimes
+from training.tasks import IMAGES
 from utils import UsageError
 
 CPU = torch.device("cpu")
@@ -107,7 +108,7 @@ class Training:
         self.optimizer = quantize.ProjectedOptimizer(base, mode.select(self.model), mode, capturable=self.captured)
         self.meter = utils.Meter(device)
         computed = computing.Precision("fp32", device.type)
-        self.step = functools.partial(loops.train_step, self.model, self.optimizer, computed, self.meter)
+        self.step = functools.partial(loops.train_step, IMAGES, self.model, self.optimizer, computed, self.meter, [])
         if self.captured:
             self.step = captured.CapturedStep(self.step, self.optimizer, 6, stream)
 

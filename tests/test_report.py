@@ -16,7 +16,7 @@ from conftest import ROOT, run_main
 from PIL import Image
 
 from training import checkpoints, tracking
-from training.folder import COLUMNS
+from training.tasks import IMAGES
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -75,7 +75,7 @@ def row_after(epoch: int, epochs: int, mode: str | None, error: float, rate: flo
 
 def write_rows(folder: Path, rows: list[dict]) -> None:
     with open(folder / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, IMAGES.columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

@@ -30,6 +30,7 @@ from sources import batches
 from sources.images import Split
 from training import computing, epoch, loops
 from training.processes import Processes, here, joined
+from training.tasks import IMAGES
 
 CPU = torch.device("cpu")
 
@@ -46,7 +47,8 @@ def gradients(processes: Processes) -> dict[str, torch.Tensor]:
     source, found = batches.TrainingBatches(split, 7, 0, CPU, share=processes.share), {}
     for step, (images, labels) in enumerate(source.epoch(0)):
         weight = processes.share.weight((7, 1)[step])
-        loops.train_step(network, optimizer, computing.Precision("fp32", "cpu"), meter, images.double(), labels, weight)
+        precision = computing.Precision("fp32", "cpu")
+        loops.train_step(IMAGES, network, optimizer, precision, meter, [], images.double(), labels, weight)
         found |= {f"{step} {name}": parameter.grad for name, parameter in model.named_parameters()}
         found |= {f"{step} {name} after": parameter.detach().clone() for name, parameter in model.named_parameters()}
     return found | {"meter": torch.tensor(list(meter.read().values()), dtype=torch.float64)}

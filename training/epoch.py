@@ -16,7 +16,6 @@ from training.computing import Precision
 from training.folder import Run, log
 from training.processes import Processes
 from training.state import State
-from utils import Meter
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,9 @@ def describe(job: Job, state: State) -> None:
     computed += ", captured" if job.captured_step else ""
     place = f"{job.processes.share.count} processes, the first on {job.device}" if job.processes.several else str(job.device)
     log.info(f"run: {job.run.folder} on {place}, {computed}, seed {args.seed}")
-    log.info(f"data: {sets.source}; {sets.train.samples} training and {sets.validation.samples} validation images")
+    log.info(f"data: {sets.source}; {sets.train.samples} training and {sets.validation.samples} validation {state.task.samples}")
     log.info(
-        f"network: {args.model} of depth {state.model.depth}, {parameters:,} parameters"
-        + (f", from {args.resume}" if args.resume else "")
+        f"network: {args.model} of {state.model.size}, {parameters:,} parameters" + (f", from {args.resume}" if args.resume else "")
     )
     log.info(f"regime: {job.regime}")
     latent = state.optimizer.latent
@@ -71,7 +69,13 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
         words = f"epoch {state.epoch + 1}/{args.epochs}"
         progress = loops.Progress(words, job.sets.train, state, args.print_freq, shown=job.processes.first)
         step = job.captured_step or functools.partial(
-            loops.train_step, job.processes.averaging(job.network), optimizer, job.precision, state.meter
+            loops.train_step,
+            state.task,
+            job.processes.averaging(job.network),
+            optimizer,
+            job.precision,
+            state.meter,
+            state.carried,
         )
         loops.train(state, step, job.sets.train, lambda: between_steps(job, state), progress)
         job.processes.align_buffers(state.model)
@@ -81,10 +85,10 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
             if optimizer.projecting:
                 row |= _columns("val", validate(job, state), "_bin")
             elif optimizer.frozen:
-                row |= {f"val_{name}_bin": row[f"val_{name}"] for name in ("loss", "error1", "error5")}
-            prec1 = 100 - row.get("val_error1_bin", row["val_error1"])
-            if state.best_prec1 is None or prec1 > state.best_prec1:
-                state.best_prec1 = prec1
+                row |= {f"val_{name}_bin": row[f"val_{name}"] for name in state.task.figures}
+            score = state.task.score(row)
+            if state.best is None or state.task.better(score, state.best):
+                state.best = score
                 job.run.save_best({**state.network(args), "epoch": state.epoch + 1, "results": row})
     finally:
         state.seconds = time.perf_counter() - began
@@ -124,10 +128,14 @@ def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:
 
 
 def validate(job: Job, state: State) -> dict[str, float]:
-    """Loss and errors of the network as it is now."""
-    meter = Meter(job.device, job.processes.total)
+    """The task's figures of the network as it is now."""
     return loops.validate(
-        state.model, job.sets.validation, meter, job.precision, lambda: job.stop.answer(*job.processes.largest(job.stop.number))
+        state.task,
+        state.model,
+        job.sets.validation,
+        state.task.meter(job.device, job.processes.total),
+        job.precision,
+        lambda: job.stop.answer(*job.processes.largest(job.stop.number)),
     )
 
 
@@ -142,24 +150,19 @@ def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Bo
     state.history.append(row)
     state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
     state.meter.reset()
+    for tensor in state.carried:
+        tensor.zero_()
     board.add_epoch(row, metrics)
     if state.epoch % max(1, args.epochs // tracking.HISTOGRAMS) == 0 or state.epoch in (args.freeze_epoch, args.epochs):
         board.add_histograms(optimizer.latent, state.epoch)
     if state.epoch == args.epochs:
-        board.add_final(args, row, 100 - state.best_prec1)
+        board.add_final(args, row, state.best)
     board.flush()
-    log.info(f"epoch {state.epoch}/{args.epochs}: {_in_words(row)}")
+    words = f"{state.task.epoch_in_words(row)}, lr {row['lr']:g}, strength {row['strength']:g}, {row['seconds']:.1f} s"
+    log.info(f"epoch {state.epoch}/{args.epochs}: {words}")
     job.run.save_state(state.checkpoint(args), keep=args.save_all)
     job.run.write_results(state.history)
 
 
 def _columns(split: str, figures: dict[str, float], suffix: str = "") -> dict[str, float]:
     return {f"{split}_{name}{suffix}": value for name, value in figures.items()}
-
-
-def _in_words(row: dict[str, Any]) -> str:
-    words = f"train loss {row['train_loss']:.4f} error {row['train_error1']:.2f}%, "
-    words += f"validation loss {row['val_loss']:.4f} error {row['val_error1']:.2f}%"
-    if "val_error1_bin" in row:
-        words += f", quantized {row['val_loss_bin']:.4f} {row['val_error1_bin']:.2f}%"
-    return f"{words}, lr {row['lr']:g}, strength {row['strength']:g}, {row['seconds']:.1f} s"

@@ -16,7 +16,8 @@ from training import checkpoints, loops
 from training.computing import select_precision
 from training.folder import log
 from training.processes import ALONE, Processes
-from utils import Meter, UsageError, select_device
+from training.tasks import task_of
+from utils import UsageError, select_device
 
 
 def evaluate(args: Namespace) -> int:
@@ -40,16 +41,17 @@ def evaluate(args: Namespace) -> int:
     checkpoints.load_weights(model, content, path)
 
     log.info(f"{path}: {model_name} {config} on {sets.source}, projection mode {mode_name or 'none'}")
-    figures = {"as it is": loops.validate(model, sets.validation, Meter(device), precision)}
+    task = task_of(dataset)
+    found = {"as it is": loops.validate(task, model, sets.validation, task.meter(device), precision)}
     if mode is not quantize.FULL_PRECISION:
         # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
         if not (content.get("hard_quantized") and content.get("projection_mode") == mode_name):
             with torch.no_grad():
                 for _, weight in mode.select(model):
                     weight.copy_(mode.hard_quantize(weight))
-        figures["hard-quantized"] = loops.validate(model, sets.validation, Meter(device), precision)
-    for words, found in figures.items():
-        log.info(f"{words}: loss {found['loss']:.6f}, top-1 error {found['error1']:.2f}%, top-5 error {found['error5']:.2f}%")
+        found["hard-quantized"] = loops.validate(task, model, sets.validation, task.meter(device), precision)
+    for words, figures in found.items():
+        log.info(f"{words}: {task.evaluation_in_words(figures)}")
     return 0
 
 

@@ -21,13 +21,8 @@ import torch
 
 from training import checkpoints
 from training.arguments import DERIVED
+from training.tasks import task_of
 from utils import UsageError, write_text
-
-COLUMNS = (
-    "epoch", "train_loss", "val_loss", "train_error1", "val_error1", "train_error5", "val_error5",
-    "val_loss_bin", "val_error1_bin", "val_error5_bin", "lr", "strength", "seconds",
-    "binary", "quant_error", "sign_change",
-)  # fmt: skip
 
 # What may differ between a run and its continuation: where the folder lies, and what changes no number.
 _FREE = {"results_dir", "save", "overwrite", "gpus", "workers", "print_freq", "checkpoint_minutes", "evaluate"}
@@ -59,6 +54,7 @@ class Run:
             UsageError: if the folder holds a run of other arguments, or cannot be written.
         """
         self._arguments = _comparable(args)
+        self._columns = task_of(args.dataset).columns
         self._overwrite, self._typed = args.overwrite, args.typed
         self._named = args.save is not None
         results = Path(args.results_dir)
@@ -222,7 +218,7 @@ class Run:
         if not self.writes:
             return
         text = io.StringIO()
-        writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, self._columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
         write_text(self.folder / "results.csv", text.getvalue())

@@ -3,11 +3,10 @@
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -16,10 +15,10 @@ from sources.batches import Batches
 from training.computing import Precision
 from training.folder import log
 from training.state import State
+from training.tasks import Network, Task
 from utils import Meter
 
-Network = Callable[[Tensor], Tensor]
-Step = Callable[[Tensor, Tensor, float], None]  # images, labels, weight
+Step = Callable[[Tensor, Tensor, float], None]  # inputs, targets, weight
 
 
 class Diverged(Exception):
@@ -76,7 +75,7 @@ class Progress:
             raise Diverged(f"{self._words}, step {done}: the training loss is {figures['loss']}")
         samples = min(done * self._batches.batch_size, self._batches.samples) - self._begun_at * self._batches.batch_size
         rate = samples / (time.perf_counter() - self._began)
-        shown = f"loss {figures['loss']:.4f}, error {figures['error1']:.2f}%, {rate:.0f} images/s"
+        shown = f"{self._state.task.in_words(figures)}, {rate:.0f} {self._state.task.samples}/s"
         self._bar.set_postfix_str(shown)
         log.debug(f"{self._words}, step {done}/{len(self._batches)}: {shown}")
 
@@ -86,32 +85,34 @@ class Progress:
 
 
 def train_step(
+    task: Task,
     network: Network,
     optimizer: ProjectedOptimizer,
     precision: Precision,
     meter: Meter,
-    images: Tensor,
-    labels: Tensor,
+    carried: Sequence[Tensor],
+    inputs: Tensor,
+    targets: Tensor,
     weight: float = 1.0,
 ) -> None:
     """One step on one batch. Nothing in here waits for the device.
 
+    ``carried`` is what the task carries from batch to batch; it is kept up to date.
     ``weight`` is that of this process's share of the batch, see ``sources.batches.Share``; with 0 the batch is not counted.
     """
     optimizer.zero_grad()
     with precision.autocast():
-        logits = network(images)
-        loss = F.cross_entropy(logits, labels)
+        output, loss = task.forward(network, inputs, targets, carried)
     (loss if weight == 1.0 else loss * weight).backward()
     optimizer.step()
     if weight:
-        meter.update(logits, labels, loss)
+        meter.update(output, targets, loss)
 
 
 def train(state: State, step: Step, batches: Batches, between_steps: Callable[[], None], progress: Progress) -> None:
     """Trains on an epoch's batches from ``state.step`` on, and keeps ``state`` up to date.
 
-    ``step(images, labels, weight)`` makes one step, see ``train_step``. ``between_steps`` is called after each, when ``state``
+    ``step(inputs, targets, weight)`` makes one step, see ``train_step``. ``between_steps`` is called after each, when ``state``
     can be saved; what it raises ends the epoch there.
 
     Raises:
@@ -119,9 +120,9 @@ def train(state: State, step: Step, batches: Batches, between_steps: Callable[[]
     """
     state.model.train()
     try:
-        for images, labels in batches.epoch(state.epoch, state.step):
+        for inputs, targets in batches.epoch(state.epoch, state.step):
             samples = min(batches.batch_size, batches.samples - state.step * batches.batch_size)
-            step(images, labels, batches.share.weight(samples))
+            step(inputs, targets, batches.share.weight(samples))
             state.step += 1
             progress.step()
             between_steps()
@@ -131,18 +132,23 @@ def train(state: State, step: Step, batches: Batches, between_steps: Callable[[]
 
 @torch.inference_mode()
 def validate(
-    model: nn.Module, batches: Batches, meter: Meter, precision: Precision, between_batches: Callable[[], None] = lambda: None
+    task: Task,
+    model: nn.Module,
+    batches: Batches,
+    meter: Meter,
+    precision: Precision,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Loss and errors of the network as it is, see ``Meter.read``, counted by ``meter``.
+    """The task's figures of the network as it is, counted by ``meter``.
 
     ``between_batches`` is called as often in all processes, also where one has a batch less; what it raises ends the validation.
     """
     model.eval()
-    for images, labels in batches.epoch(0):
+    carried = task.carried(model, batches)
+    for inputs, targets in batches.epoch(0):
         with precision.autocast():
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-        meter.update(logits, labels, loss)
+            output, loss = task.forward(model, inputs, targets, carried)
+        meter.update(output, targets, loss)
         between_batches()
     rounds = math.ceil(math.ceil(batches.samples / batches.batch_size) / batches.share.count)
     for _ in range(rounds - len(batches)):

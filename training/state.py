@@ -10,33 +10,38 @@ from torch import Tensor, nn
 
 import quantize
 from training import regimes
+from training.tasks import Task
 from utils import Meter, UsageError
 
 
 @dataclass
 class State:
     """Attributes:
+    task: what the network learns to do.
     model: the network, holding the weights of the next forward pass.
     optimizer: the wrapped optimizer over all its parameters.
     start_signs: signs of the quantized parameters at the start of the run, by name: -1 or +1.
     meter: counts of the current epoch's training.
+    carried: what the task carries from batch to batch, overwritten in place.
     epoch: epochs trained, which is the number of the current one (counted from 0).
     step: steps trained in the current epoch.
     seconds: spent in the current epoch by processes that were interrupted.
-    best_prec1: best validation accuracy so far in percent, None before the first.
+    best: best score so far, see ``Task.score``; None before the first.
     history: the rows of results.csv.
     compiled: whether the network is compiled for training; a continuation keeps to it, since it changes roundings.
     processes: how many train the network together.
     """
 
+    task: Task
     model: nn.Module
     optimizer: quantize.ProjectedOptimizer
     start_signs: dict[str, Tensor]
     meter: Meter
+    carried: list[Tensor]
     epoch: int
     step: int = 0
     seconds: float = 0.0
-    best_prec1: float | None = None
+    best: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     compiled: bool = False
     processes: int = 1
@@ -48,6 +53,7 @@ class State:
             "step": self.step,
             "seconds": self.seconds,
             "meter": self.meter.state_dict(),
+            "carried": self.carried,
             "history": self.history,
             "optimizer": self.optimizer.state_dict(),
             "start_signs": {name: sign.to(torch.int8) for name, sign in self.start_signs.items()},
@@ -62,14 +68,14 @@ class State:
         return {
             "epoch": self.epoch,
             "model": args.model,
-            "config": {"depth": self.model.depth, "num_classes": self.model.fc.out_features},
+            "config": self.model.config,
             "dataset": args.dataset,
             "holdout": args.holdout,
             "input_size": args.input_size,
             "precision": args.precision,
             "projection_mode": args.projection_mode,
             "hard_quantized": args.projection_mode is not None,
-            "best_prec1": self.best_prec1,
+            self.task.best_key: self.best,
             "state_dict": self.model.state_dict(),
         }
 
@@ -82,8 +88,10 @@ class State:
         try:
             self.model.load_state_dict(content["state_dict"])
             self.epoch, self.step, self.seconds = content["epoch"], content["step"], content["seconds"]
-            self.best_prec1, self.history, self.compiled = content["best_prec1"], content["history"], content["compiled"]
+            self.best, self.history, self.compiled = content[self.task.best_key], content["history"], content["compiled"]
             self.meter.load_state_dict(content["meter"])
+            for tensor, saved in zip(self.carried, content.get("carried", []), strict=True):
+                tensor.copy_(saved)
             # At step 0 the optimizer is still that of the epoch before.
             settings = regimes.settings_at(regime, self.epoch if self.step else max(self.epoch - 1, 0))
             self.optimizer.base_optimizer = regimes.build_optimizer(self.model.parameters(), settings)

@@ -16,18 +16,13 @@ from tensorboardX.proto.summary_pb2 import Summary
 from torch import Tensor
 
 from training.arguments import DERIVED
+from training.tasks import Task
 
 HISTOGRAMS = 20  # about so many over a run: enough to see the weights split, small enough to load quickly
 BINS = 80
-_CURVES = ("train_loss", "val_loss", "train_error1", "val_error1", "train_error5", "val_error5",
-           "val_loss_bin", "val_error1_bin", "val_error5_bin", "lr", "strength")  # fmt: skip
-# The page "custom scalars": the charts that tell how a quantized training goes. Tags are regular expressions.
+# The page "custom scalars", beside the task's own charts: those that tell how a quantized training goes. Tags are regular
+# expressions.
 _LAYOUT = {
-    "error": {
-        "validation top-1 error, % (bin: hard-quantized)": ["Multiline", ["^val_error1$", "^val_error1_bin$"]],
-        "training top-1 error, %": ["Multiline", ["^train_error1$"]],
-        "loss": ["Multiline", ["^train_loss$", "^val_loss$", "^val_loss_bin$"]],
-    },
     "quantization": {
         "mean distance of weights from -1 and +1": ["Multiline", ["^binary_mean$"]],
         "quantization error, relative": ["Multiline", ["^quant_error_mean$"]],
@@ -48,6 +43,7 @@ class Board:
     so that a checkpoint written then has all its points there.
 
     Args:
+        task: of the run.
         folder: where the file is written; None: nothing is.
         purged_from: what an earlier process wrote of this step and later ones is taken back: 0 for a new run.
 
@@ -55,8 +51,8 @@ class Board:
         OSError: here and in every method, if the file cannot be written.
     """
 
-    def __init__(self, folder: Path | None, purged_from: int) -> None:
-        self._events = None
+    def __init__(self, task: Task, folder: Path | None, purged_from: int) -> None:
+        self._task, self._events = task, None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +61,8 @@ class Board:
 
     def add_start(self, args: Namespace, weights: Mapping[str, Tensor], epoch: int) -> None:
         """The arrangement of the charts, the arguments as text, and the weights before the first step."""
-        self._add(summary.custom_scalars(_LAYOUT), epoch)
+        charts = {title: ["Multiline", [f"^{name}$" for name in names]] for title, names in self._task.charts.items()}
+        self._add(summary.custom_scalars({"error": charts, **_LAYOUT}), epoch)
         shown = {name: value for name, value in sorted(vars(args).items()) if name not in DERIVED}
         self._add(summary.text("arguments", "\n".join(f"    {name} = {json.dumps(value)}" for name, value in shown.items())), epoch)
         self.add_histograms(weights, epoch)
@@ -73,7 +70,8 @@ class Board:
 
     def add_epoch(self, row: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> None:
         """The epoch's results, each parameter's metrics, and their means over the parameters."""
-        values = {name: row[name] for name in _CURVES if row.get(name) is not None}
+        curves = [name for name in self._task.columns if name not in ("epoch", "seconds", *metrics)]
+        values = {name: row[name] for name in curves if row.get(name) is not None}
         for metric, by_parameter in metrics.items():
             values[f"{metric}_mean"] = row[metric]
             values |= {f"{metric}/{parameter}": value for parameter, value in by_parameter.items()}
@@ -84,11 +82,11 @@ class Board:
         for name, weight in weights.items():
             self._add(summary.histogram(f"weights/{name}", weight.float().cpu().numpy(), BINS), epoch)
 
-    def add_final(self, args: Namespace, row: Mapping[str, Any], best_error1: float) -> None:
+    def add_final(self, args: Namespace, row: Mapping[str, Any], best: float) -> None:
         """The hyper-parameters beside the final figures, for the hparams page."""
         chosen = {name: _plain(getattr(args, name)) for name in _HPARAMS} | {f"model_{k}": v for k, v in args.model_config.items()}
-        final = {f"hparam/{name}": row[name] for name in ("val_error1", "val_error1_bin") if row.get(name) is not None}
-        final["hparam/best_error1"] = best_error1
+        final = {f"hparam/{name}": row[name] for name in self._task.final if row.get(name) is not None}
+        final |= {f"hparam/{name}": value for name, value in self._task.best_figure(best).items()}
         for part in summary.hparams(chosen, final):
             self._add(part, 0)
         self._add_scalars(final, row["epoch"])

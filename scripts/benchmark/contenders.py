@@ -16,6 +16,7 @@ from models import resnet
 from sources import batches
 from sources.images import Split
 from training import captured, computing, loops, regimes
+from training.tasks import IMAGES
 
 ADAM = {"optimizer": "Adam", "lr": 0.01}
 STRENGTH = {"none": 0.0, "lazy": 1.0, "prox": 0.01, "prox_ternary": 0.01}
@@ -61,7 +62,7 @@ def ours(setting: Setting, mode_name: str, compiled: bool = False, capture: bool
     model = setting.network()
     optimizer, meter, source = setting.optimizer(model, mode_name, capture), utils.Meter(setting.device), setting.batches()
     network = computing.CompiledNetwork(model, setting.batch_size) if compiled else model
-    step = functools.partial(loops.train_step, network, optimizer, setting.precision, meter)
+    step = functools.partial(loops.train_step, IMAGES, network, optimizer, setting.precision, meter, [])
     if capture:
         step = captured.CapturedStep(step, optimizer, setting.batch_size)
     return lambda: step(*next(source), 1.0)

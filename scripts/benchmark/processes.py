@@ -14,6 +14,7 @@ from benchmark.contenders import Setting, ours
 from sources import batches
 from sources.images import Split
 from training import captured, loops
+from training.tasks import IMAGES
 
 SECONDS_TOGETHER = 10.0
 
@@ -51,7 +52,7 @@ def only_memory(device: torch.device, precision: str) -> None:
     for _ in range(5):
         step()
     validation = batches.ValidationBatches(Split(setting.split.images[:10_000], setting.split.labels[:10_000]), device)
-    loops.validate(setting.network(), validation, utils.Meter(device), setting.precision)
+    loops.validate(IMAGES, setting.network(), validation, utils.Meter(device), setting.precision)
     # Not getrusage: its maximum begins with that of the process that started this one.
     status = Path("/proc/self/status").read_text()
     print(int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9)
