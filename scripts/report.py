@@ -30,7 +30,7 @@ def read_runs(paths: list[Path]) -> list[runs.Run]:
     """
     found: dict[Path, runs.Run] = {}
     for path in paths:
-        if not path.is_dir():
+        if not path.exists():
             raise UsageError(f"{path}: no such folder")
         folders = runs.find(path)
         if not folders:
@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 written, 1 could not be written, 2 bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="*", type=Path, default=[Path("results")],
-                        help="run folders, or folders that contain some at any depth (default: results)")  # fmt: skip
+                        help="run folders, or folders that contain some at any depth (default: results); the repository's "
+                        "own are found only by a path of their own")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("results/report"), metavar="DIR", help="default: results/report")
     parser.add_argument("--data_note", action="append", default=[], metavar="[NAME=]TEXT",
                         help="said beside the name of the data set, of every one or of NAME; may be repeated")  # fmt: skip

@@ -4,47 +4,34 @@
 #   scripts/reproduce.sh                                       the published schedule, ResNet-20, four seeds
 #   SCHEDULE=short scripts/reproduce.sh                        the same shape at a 25th of the length
 #   DEPTHS="20 32 44 56" SEEDS="0 1 2 3" GPUS="0 1 2 3" scripts/reproduce.sh
+#   BITS=2 METHODS="prox_alt lazy_alt" scripts/reproduce.sh
 #
 #   REGIMES="published common"     as in the paper, and all methods under one regime; scripts/study.py explains them
-#   METHODS="bc pq_binary pq_ternary"   of which pq_binary has REGIMES=tuned too
+#   METHODS="bc pq_binary pq_ternary"   all: see scripts/study.py; pq_binary has REGIMES=tuned too
 #   SHORTER=25                     by how much SCHEDULE=short divides the published epochs
 #   BATCH_SIZE=                    that of the quantized runs, in place of the published ones; the summed strength stays as it is
-#   RUNS_PER_GPU=1                 runs at a time on each GPU, or on the CPU (there with OMP_NUM_THREADS set to their share of the cores)
-#   others: see seeds.sh
+#   others: see train-cifar10.sh, whose runs these are
 #
 # Says how long it will take before it starts. Run again, it continues what is unfinished and reports.
 set -euo pipefail
-SCHEDULE=${SCHEDULE:-published}
-case $SCHEDULE in
-    published) SHORTER=1 ;;
-    short) SHORTER=${SHORTER:-25} ;;
-    *) echo "error: SCHEDULE=$SCHEDULE: published or short is needed" >&2; exit 2 ;;
-esac
-RESULTS_DIR=${RESULTS_DIR:-results/$SCHEDULE}
-TB_DIR=${TB_DIR:-tb/$SCHEDULE}
+. "$(dirname "$0")/seeds.sh"
 DEPTHS=${DEPTHS:-20}
 REGIMES=${REGIMES:-published common}
 METHODS=${METHODS:-bc pq_binary pq_ternary}
-. "$(dirname "$0")/seeds.sh"
 mkdir -p "$RESULTS_DIR"
 
 find_slots
 # shellcheck disable=SC2086  # EXTRA holds several arguments
-"$PYTHON" scripts/study.py plan --shorter "$SHORTER" ${BATCH_SIZE:+--batch_size "$BATCH_SIZE"} \
-    --depths "$DEPTHS" --seeds "$SEEDS" --methods "$METHODS" --regimes "$REGIMES" \
+"$PYTHON" scripts/study.py plan --depths "$DEPTHS" --seeds "$SEEDS" --methods "$METHODS" --regimes "$REGIMES" \
     --network "$(network_name DEPTH)" --results_dir "$RESULTS_DIR" --slots ${#slots[@]} \
     -- --model resnet --dataset "$DATASET" --data_dir "$DATA_DIR" ${EXTRA:-}
 
 failed_experiments=()
-# experiment METHOD REGIME ARGUMENTS...
+# experiment METHOD REGIME
 experiment() {
-    local method=$1 regime=$2 schedule name=$NETWORK
-    shift 2
-    if [ "$method" != fp ]; then name+=_$method; fi
-    if [ "$regime" != published ]; then name+=_$regime; fi
-    schedule=$("$PYTHON" scripts/study.py arguments "$method" "$regime" "$SHORTER" ${BATCH_SIZE:+"$BATCH_SIZE"})
-    mapfile -t schedule <<< "$schedule"
-    if ! run_seeds "$name" "$@" "${schedule[@]}"; then
+    local name run_arguments
+    describe_runs "$1" "$2" || exit
+    if ! run_seeds "$name" "${run_arguments[@]}"; then
         failed_experiments+=("$name")
         return 1
     fi
@@ -59,12 +46,13 @@ for DEPTH in $DEPTHS; do
     for regime in $REGIMES; do
         for method in $METHODS; do
             if [ "$method" = fp ]; then continue; fi # trained above
-            experiment "$method" "$regime" --resume "$(warm_start)" || true # it is among the failed ones
+            experiment "$method" "$regime" || true # it is among the failed ones
         done
     done
 done
 
-"$PYTHON" scripts/report.py "$RESULTS_DIR" --out "$RESULTS_DIR/report"
+# The runs in this very folder: below it there may be those of other schedules.
+"$PYTHON" scripts/report.py "$RESULTS_DIR"/*_run_* --out "$RESULTS_DIR/report"
 if [ ${#failed_experiments[@]} -gt 0 ]; then
     echo "FAILED: ${failed_experiments[*]}" >&2
     exit 1

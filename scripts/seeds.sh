@@ -2,20 +2,29 @@
 #
 #   SEEDS="0 1 2 3"    seeds, each a run of its own: results/NAME_run_SEED, its output in results/NAME_run_SEED.out
 #   GPUS="0 1 2 3"     GPUs to use (default: all there are); without a GPU the seeds run one after another on the CPU
-#   RUNS_PER_GPU=1     runs at a time on each GPU, or on the CPU
+#   RUNS_PER_GPU=1     runs at a time on each GPU, or on the CPU; each has its share of the cores (OMP_NUM_THREADS, unless given)
+#   SCHEDULE=short     the published schedule's shape at a 25th of its length (SHORTER=25), in results/short
 #   RESULTS_DIR, TB_DIR, DATASET, DATA_DIR, EXTRA (further arguments, e.g. EXTRA="--precision fp32")
+#
+# What is trained follows from METHOD, REGIME and these, all explained in train-cifar10.sh and study.py, which names the runs too:
+#   DEPTH, EPOCHS, FREEZE_EPOCH, LR, REG_RATE, BATCH_SIZE, QUANTIZER, BITS, BY_ROW, RESUME (the warm start)
 #
 # A script given again skips finished seeds and continues unfinished ones. Its exit status is 0 only if all seeds are finished.
 
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment requirements.txt
 
+SCHEDULE=${SCHEDULE:-published}
+case $SCHEDULE in
+    published) SHORTER=1 RESULTS_DIR=${RESULTS_DIR:-results} TB_DIR=${TB_DIR:-tb} ;;
+    short) SHORTER=${SHORTER:-25} RESULTS_DIR=${RESULTS_DIR:-results/short} TB_DIR=${TB_DIR:-tb/short} ;;
+    *) fail "SCHEDULE=$SCHEDULE: published or short is needed" ;;
+esac
+export SHORTER
 DEPTH=${DEPTH:-20}
 SEEDS=${SEEDS:-0 1 2 3}
 DATASET=${DATASET:-cifar10}
 DATA_DIR=${DATA_DIR:-Datasets}
-RESULTS_DIR=${RESULTS_DIR:-results}
-TB_DIR=${TB_DIR:-tb}
 
 # network_name DEPTH
 network_name() {
@@ -38,11 +47,30 @@ warm_start() {
     fi
 }
 
+# describe_runs METHOD REGIME: sets name, that of the method's runs without their seed, and run_arguments.
+describe_runs() {
+    name=$("$PYTHON" scripts/study.py name "$1" "$2" "$NETWORK") || return
+    run_arguments=$("$PYTHON" scripts/study.py arguments "$1" "$2") || return
+    mapfile -t run_arguments <<< "$run_arguments"
+    if [ "$1" != fp ]; then run_arguments=(--resume "$(warm_start)" "${run_arguments[@]}"); fi
+}
+
 # Sets GPUS where the user has not, and slots: the place of each run that may run at a time.
 find_slots() {
-    local gpu
-    if [ -z "${GPUS+set}" ]; then
-        GPUS=$( (nvidia-smi --list-gpus 2> /dev/null || true) | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | xargs)
+    local gpu there
+    if [ -z "${GPUS+set}" ] || { [ -n "$GPUS" ] && [ -z "${_gpus_checked:-}" ]; }; then
+        there=$("$PYTHON" -c 'import torch; print("GPUs:", *range(torch.cuda.device_count()))' 2>&1) ||
+            fail "PYTHON=$PYTHON: ${there##*$'\n'}"
+        there=$(xargs <<< "${there##*GPUs:}")
+        if [ -n "${GPUS:-}" ] && [ -z "$there" ]; then
+            echo "GPUS=$GPUS: there is no GPU here, so the CPU is used" >&2
+            GPUS=
+        fi
+        GPUS=${GPUS-$there}
+        for gpu in $GPUS; do
+            if [[ " $there " != *" $gpu "* ]]; then fail "GPUS=$GPUS: there is no GPU $gpu here, only $there"; fi
+        done
+        _gpus_checked=1
     fi
     slots=()
     for gpu in ${GPUS:-cpu}; do
@@ -50,11 +78,20 @@ find_slots() {
     done
 }
 
+# How many threads each run computes with where several run at once: threads that outnumber the cores wait for each other.
+threads_of_a_run() {
+    local at_once=${#slots[@]} seeds
+    seeds=$(wc -w <<< "$SEEDS")
+    if [ "$seeds" -lt "$at_once" ]; then at_once=$seeds; fi
+    if [ "$at_once" -gt 1 ]; then echo $(($(nproc) / at_once > 0 ? $(nproc) / at_once : 1)); fi
+}
+
 # run_seeds NAME ARGUMENTS...
 run_seeds() {
-    local name=$1 slots seed slot failed=()
+    local name=$1 slots seed slot threads failed=()
     shift
     find_slots
+    threads=${OMP_NUM_THREADS:-$(threads_of_a_run)}
     mkdir -p "$RESULTS_DIR"
     declare -A slot_of=() seed_of=()
     trap 'stop_runs INT 130' INT
@@ -68,7 +105,8 @@ run_seeds() {
         local place=()
         if [ "$slot" != cpu ]; then place=(--gpu "$slot"); fi
         # shellcheck disable=SC2086  # EXTRA holds several arguments
-        "$PYTHON" main_binary_reg.py --dataset "$DATASET" --data_dir "$DATA_DIR" --results_dir "$RESULTS_DIR" \
+        env ${threads:+OMP_NUM_THREADS="$threads"} \
+            "$PYTHON" main_binary_reg.py --dataset "$DATASET" --data_dir "$DATA_DIR" --results_dir "$RESULTS_DIR" \
             --model resnet --model_config "{'depth': $DEPTH}" --save "${name}_run_$seed" --tb_dir "$TB_DIR/${name}_run_$seed" \
             --seed "$seed" "${place[@]}" "$@" ${EXTRA:-} > "$RESULTS_DIR/${name}_run_$seed.out" 2>&1 &
         slot_of[$!]=$slot

@@ -1,26 +1,34 @@
-"""The runs of the study: their arguments, and how long they will take. Used by reproduce.sh.
+"""The runs of the study: their names, their arguments, and how long they will take. Used by the scripts beside it.
 
-    python scripts/study.py arguments METHOD REGIME SHORTER [BATCH_SIZE]
-    python scripts/study.py plan [--shorter N] [--regimes "published common"] ... -- arguments of every run
+    python scripts/study.py name METHOD REGIME NETWORK
+    python scripts/study.py arguments METHOD REGIME
+    python scripts/study.py plan --depths "20 32" ... -- arguments of every run
 
-A study's schedule is the published one divided by SHORTER (1: as published): epochs, freeze and learning-rate steps in proportion,
-and the proximal strength, summed over all steps before the freeze, as published. The regimes:
+Each METHOD, with its published schedule, is a row of PUBLISHED below. The regimes:
 
     published   each method as in the paper: BinaryConnect's learning rate decays, ProxQuant's is constant, ternary runs are longer
     common      all methods alike: 300 epochs at batch size 128, Adam at 0.01, 0.001 from their half on, 0.0001 from three quarters
     tuned       as common, with a 16th of the proximal strength (ProxQuant-binary only): the best share on held-out training images
                 at a 25th of the length, and no more than a guess at another
+
+What the environment may say of all methods: SHORTER=N divides the schedule by N: epochs, freeze and learning-rate steps in
+proportion, and the proximal strength, summed over all steps before the freeze, as it was. EPOCHS=N does the same by the number of
+epochs that are left. FREEZE_EPOCH, LR and REG_RATE then have the last word. BATCH_SIZE is that of the quantized runs, with the
+summed strength as it was: half of it makes twice the steps, each with half the strength. QUANTIZER, BITS and BY_ROW=1 are for
+methods that take any quantizer, and are in their runs' names.
 """
 
 import argparse
 import csv
 import itertools
 import math
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -29,14 +37,30 @@ IMAGES = 50_000  # of CIFAR-10, which the published strength is for
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates by the epoch that they hold from; ``reg_rate`` where a proximal step is scaled by the learning rate."""
+    """What a method's runs are trained with.
+
+    Attributes:
+        epochs, freeze_epoch, batch_size: as the flags.
+        rates: learning rates by the epoch that they hold from.
+        mode: the flags of the method itself.
+        reg_rate: where a proximal step is scaled by the learning rate.
+        optimizer: its name.
+        settings: more of its settings.
+        flags: those that say ``rates`` and ``settings`` at the published length, as the README's commands have them; None where
+            they take a ``--regime``.
+        any_quantizer: True where ``--quantizer``, ``--bits`` and ``--by_row`` make sense.
+    """
 
     epochs: int
     freeze_epoch: int | None
     batch_size: int
-    rates: dict[int, float]
+    rates: Mapping[int, float]
     mode: tuple[str, ...] = ()
     reg_rate: float | None = None
+    optimizer: str = "Adam"
+    settings: Mapping[str, float] = field(default_factory=dict)
+    flags: tuple[str, ...] | None = None
+    any_quantizer: bool = False
 
     def pull(self) -> float:
         """Sum of the proximal strength over all steps before the freeze, for a reg_rate of 1."""
@@ -46,83 +70,159 @@ class Schedule:
             total += rate * epoch
         return total * math.ceil(IMAGES / self.batch_size)
 
-    def shortened(self, divisor: int, batch_size: int) -> "Schedule":
-        """The same shape and summed strength at a fraction of the length; raises ValueError where that has no room for it."""
-        freeze = None if self.freeze_epoch is None else round(self.freeze_epoch / divisor)
+    def shortened(self, divisor: float, batch_size: int) -> "Schedule":
+        """The same shape at a fraction of the length; frozen before the end in any case."""
+        epochs = max(1, round(self.epochs / divisor))
+        freeze = None if self.freeze_epoch is None else min(round(self.freeze_epoch / divisor), epochs - 1)
         rates = {round(epoch / divisor): rate for epoch, rate in self.rates.items()}
-        short = Schedule(max(1, round(self.epochs / divisor)), freeze, batch_size, rates, self.mode)
-        return short.pulling(self.pull() * self.reg_rate) if self.reg_rate is not None else short
+        return replace(self, epochs=epochs, freeze_epoch=freeze, batch_size=batch_size, rates=rates, flags=None)
 
     def pulling(self, total: float) -> "Schedule":
-        """With the ``reg_rate`` that makes the summed strength ``total``."""
+        """With the ``reg_rate`` that makes the summed strength ``total``; raises ValueError where no epoch has any."""
         if not self.pull():
             raise ValueError(f"no epoch before the freeze at {self.freeze_epoch} has any strength: a longer schedule is needed")
-        rate = float(f"{total / self.pull():.4g}")
-        return Schedule(self.epochs, self.freeze_epoch, self.batch_size, self.rates, self.mode, rate)
+        return replace(self, reg_rate=float(f"{total / self.pull():.4g}"))
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the environment says of the runs; None and nothing where it is silent."""
+
+    shorter: int = 1
+    epochs: int | None = None
+    freeze_epoch: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    reg_rate: float | None = None
+    quantizer: tuple[tuple[str, str], ...] = ()  # flags and values, as ("--bits", "2"); the value of a switch is empty
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> "Wishes":
+        """Raises ValueError with the name of a variable that is not understood."""
+        count, number = (int, 1, "a whole number from 1 up"), (float, 0.0, "a number from 0 up")
+        kinds = {"SHORTER": count, "EPOCHS": count, "FREEZE_EPOCH": (int, -1, "a whole number from 0 up, or -1"),
+                 "BATCH_SIZE": count, "LR": number, "REG_RATE": number}  # fmt: skip
+        given = {name: _parsed(name, environment[name], *kind) for name, kind in kinds.items() if environment.get(name)}
+        flags = {"QUANTIZER": "--quantizer", "BITS": "--bits", "BY_ROW": "--by_row"}
+        named = [(flag, environment[name]) for name, flag in flags.items() if environment.get(name)]
+        quantizer = tuple((flag, "" if flag == "--by_row" else value) for flag, value in named)
+        return cls(quantizer=quantizer, **{name.lower(): value for name, value in given.items()})
+
+
+def _parsed(name: str, text: str, kind: type, least: float, words: str) -> float:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value < math.inf:
+        raise ValueError(f"{name}: {text} is not accepted, {words} is needed")
+    return value
 
 
 REGIMES = ("published", "common", "tuned")
-LAZY, PROX, TERNARY = (("--projection_mode", name) for name in ("lazy", "prox", "prox_ternary"))
+_CONSTANT = {0: 0.01}
+_BINARY = {0: 0.01, 81: 0.001, 122: 0.0001}
+_TTQ = {0: 0.1, 80: 0.01, 120: 0.001, 300: 0.0001}
+_ALL_LAZY = {"flags": ("--binary_regime",)}
+
+
+def _mode(name: str, *flags: str) -> tuple[str, ...]:
+    return ("--projection_mode", name, *flags)
+
+
+# The first four are the paper's. The schedules of the others are those of the paper's method that is their nearest relative.
 PUBLISHED = {
-    "fp": Schedule(200, None, 128, {0: 0.1, 100: 0.01, 150: 0.001}),
-    "bc": Schedule(300, 200, 128, {0: 0.01, 81: 0.001, 122: 0.0001}, (*LAZY, "--binary_reg", "1.0")),
-    "pq_binary": Schedule(300, 200, 128, {0: 0.01}, PROX, 1e-4),
-    "pq_ternary": Schedule(600, 400, 256, {0: 0.01}, TERNARY, 1e-4),
+    "fp": Schedule(200, None, 128, {0: 0.1, 100: 0.01, 150: 0.001}, optimizer="SGD", flags=()),
+    "bc": Schedule(300, 200, 128, _BINARY, _mode("lazy", "--binary_reg", "1.0"), **_ALL_LAZY),
+    "pq_binary": Schedule(300, 200, 128, _CONSTANT, _mode("prox"), 1e-4),
+    "pq_ternary": Schedule(600, 400, 256, _CONSTANT, _mode("prox_ternary"), 1e-4),
+    "ttq": Schedule(300, 200, 128, _TTQ, _mode("ttq"), optimizer="SGD", settings={"weight_decay": 2e-4}, flags=("--ttq_regime",)),
+    "prox_median": Schedule(300, 200, 128, _CONSTANT, _mode("prox_median"), 1e-4),
+    "stoch_bin": Schedule(300, 200, 128, _BINARY, _mode("stoch_bin"), **_ALL_LAZY),
+    "prox_alt": Schedule(300, 200, 128, _CONSTANT, _mode("prox_alt"), 1e-4, any_quantizer=True),
+    "lazy_alt": Schedule(300, 200, 128, _BINARY, _mode("lazy_alt"), any_quantizer=True, **_ALL_LAZY),
+    "parq": Schedule(300, 200, 128, _BINARY, _mode("parq"), any_quantizer=True, **_ALL_LAZY),
+    "binary_relax": Schedule(300, 200, 128, _BINARY, _mode("binary_relax"), any_quantizer=True, **_ALL_LAZY),
+    "prox_connect": Schedule(300, 200, 128, _CONSTANT, _mode("prox_connect"), 1e-4, any_quantizer=True),
 }
 # Share of the summed strength: the best of 1, 1/4, 1/8, 1/16 and 1/32 at a 25th of the length, on 5000 held-out training images.
 TUNED = {"pq_binary": 1 / 16}
 
 
-def schedule(method: str, regime: str, shorter: int, batch_size: int | None = None) -> Schedule:
-    """A method's schedule; raises ValueError for an unknown name, and where ``shorter`` leaves too few epochs.
-
-    ``batch_size`` replaces that of the quantized runs: half of it makes twice the steps, each with half the strength.
-    """
+def schedule(method: str, regime: str, wishes: Wishes) -> Schedule:
+    """A method's schedule; raises ValueError for an unknown name, and where ``SHORTER`` leaves too few epochs."""
     for name, value, known in (("METHODS", method, PUBLISHED), ("REGIMES", regime, REGIMES)):
         if value not in known:
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
-    if shorter < 1:
-        raise ValueError(f"SHORTER: {shorter} is not accepted, a whole number from 1 up is needed")
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"BATCH_SIZE: {batch_size} is not accepted, a whole number from 1 up is needed")
     if regime == "tuned" and method not in ("fp", *TUNED):
         raise ValueError(f"REGIMES: {regime!r} is for METHODS={' '.join(TUNED)}, not for {method}")
-    chosen = published = PUBLISHED[method]
+    published = PUBLISHED[method]
+    if wishes.quantizer and method != "fp" and not published.any_quantizer:
+        takers = " ".join(name for name, one in PUBLISHED.items() if one.any_quantizer)
+        given = " ".join(" ".join(pair).strip() for pair in wishes.quantizer)
+        raise ValueError(f"QUANTIZER, BITS, BY_ROW: {method} takes no {given}; METHODS that do are {takers}")
+    chosen, total = published, published.pull() * (published.reg_rate or 0.0)
     if regime != "published" and method != "fp":
-        chosen = Schedule(300, 200, 128, {0: 0.01, 150: 0.001, 225: 0.0001}, published.mode)
-        if published.reg_rate is not None:
-            chosen = chosen.pulling(published.pull() * published.reg_rate * (TUNED[method] if regime == "tuned" else 1.0))
-    if batch_size is None or method == "fp":
-        batch_size = chosen.batch_size
-    return chosen if (shorter, batch_size) == (1, chosen.batch_size) else chosen.shortened(shorter, batch_size)
+        rates = {0: 0.01, 150: 0.001, 225: 0.0001}
+        chosen = replace(
+            published, epochs=300, freeze_epoch=200, batch_size=128, rates=rates, optimizer="Adam", settings={}, flags=None
+        )
+        total *= TUNED[method] if regime == "tuned" else 1.0
+    batch_size = chosen.batch_size if wishes.batch_size is None or method == "fp" else wishes.batch_size
+    divisor = wishes.shorter if wishes.epochs is None else chosen.epochs / wishes.epochs
+    if (divisor, batch_size) != (1, chosen.batch_size):
+        chosen = chosen.shortened(divisor, batch_size)
+    too_short = wishes.epochs is not None and not chosen.pull()  # to pull: such a run is a trial, at the published strength
+    if chosen is not published and chosen.reg_rate is not None and not too_short:
+        chosen = chosen.pulling(total)
+    if method == "fp":
+        return chosen
+    given = {"freeze_epoch": wishes.freeze_epoch, "reg_rate": chosen.reg_rate and wishes.reg_rate}
+    return replace(chosen, **{name: value for name, value in given.items() if value is not None})
 
 
-def arguments(method: str, regime: str, shorter: int, batch_size: int | None = None) -> list[str]:
+def arguments(method: str, regime: str, wishes: Wishes) -> list[str]:
     """The command line's arguments for a method's schedule."""
-    chosen = schedule(method, regime, shorter, batch_size)
+    chosen = schedule(method, regime, wishes)
     found = ["--batch-size", str(chosen.batch_size), "--epochs", str(chosen.epochs)]
     if method != "fp":
-        found += ["--optimizer", "Adam", "--lr", str(chosen.rates[0]), "--freeze_epoch", str(chosen.freeze_epoch), *chosen.mode]
-    if len(chosen.rates) > 1:
-        found += ["--regime", str({epoch: {"lr": rate} for epoch, rate in chosen.rates.items()})]
+        rate = chosen.rates[0] if wishes.lr is None else wishes.lr
+        found += ["--optimizer", chosen.optimizer, "--lr", str(rate), "--freeze_epoch", str(chosen.freeze_epoch), *chosen.mode]
+        found += [word for pair in wishes.quantizer for word in pair if word]
+    elif wishes.lr is not None:
+        found += ["--lr", str(wishes.lr)]
+    if chosen.flags is not None:
+        found += chosen.flags
+    elif len(chosen.rates) > 1:
+        entries = {epoch: {"lr": rate} for epoch, rate in chosen.rates.items()}
+        found += ["--regime", str({**entries, 0: {**entries[0], **chosen.settings}})]
     if chosen.reg_rate is not None:
         found += ["--reg_rate", str(chosen.reg_rate)]
     return found
 
 
-def plan(args: argparse.Namespace, common_arguments: list[str]) -> int:
+def run_name(network: str, method: str, regime: str, wishes: Wishes) -> str:
+    """The name of an experiment's runs, without their seed."""
+    words = [network]
+    if method != "fp":
+        quantizer = [{"--bits": f"{value}bit", "--by_row": "row"}.get(flag, value) for flag, value in wishes.quantizer]
+        words += [method, *quantizer, schedule(method, regime, wishes).optimizer]
+    return "_".join([*words, *([] if regime == "published" else [regime])])
+
+
+def plan(args: argparse.Namespace, wishes: Wishes, common_arguments: list[str]) -> int:
     """Prints each experiment with the epochs that are left, and the time that they will take."""
     for method in args.methods.split():
         for regime in args.regimes.split():
-            schedule(method, regime, args.shorter, args.batch_size)  # what cannot be is said before an epoch is measured
+            schedule(method, regime, wishes)  # what cannot be is said before an epoch is measured
     hours = 0.0
     for depth in args.depths.split():
         seconds, source = epoch_seconds(args, depth, common_arguments)
         print(f"ResNet-{depth}: {seconds:.1f} s an epoch ({source})")
         methods = [method for method in args.methods.split() if method != "fp"]  # the warm start is one experiment, always there
         for regime, method in [("published", "fp"), *itertools.product(args.regimes.split(), methods)]:
-            chosen = schedule(method, regime, args.shorter, args.batch_size)
-            name = run_name(args.network.replace("DEPTH", depth), method, regime)
+            chosen = schedule(method, regime, wishes)
+            name = run_name(args.network.replace("DEPTH", depth), method, regime, wishes)
             left = [max(0, chosen.epochs - trained(args.results_dir / f"{name}_run_{seed}")) for seed in args.seeds.split()]
             hours += one_after_another(left, args.slots) * seconds / 3600
             print(f"  {name}: {chosen.epochs} epochs, {len(left)} seeds, {sum(left)} epochs left")
@@ -136,11 +236,6 @@ def one_after_another(lengths: list[int], slots: int) -> int:
     for length in lengths:
         busy[busy.index(min(busy))] += length
     return max(busy)
-
-
-def run_name(network: str, method: str, regime: str) -> str:
-    """The name of an experiment's runs, without their seed."""
-    return network + ("" if method == "fp" else f"_{method}") + ("" if regime == "published" else f"_{regime}")
 
 
 def trained(folder: Path) -> int:
@@ -166,7 +261,7 @@ def epoch_seconds(args: argparse.Namespace, depth: str, common_arguments: list[s
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "main_binary_reg.py"), "--results_dir", folder, "--save", "measured"]
         command += ["--model_config", str({"depth": int(depth)}), *common_arguments]
-        command += [*arguments("pq_binary", "published", 1, args.batch_size), "--epochs", "1"]
+        command += [*arguments("pq_binary", "published", Wishes()), "--epochs", "1"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"an epoch could not be measured: {(done.stderr.strip() or done.stdout).splitlines()[-1]}")
@@ -176,25 +271,28 @@ def epoch_seconds(args: argparse.Namespace, depth: str, common_arguments: list[s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("arguments")
-    one.add_argument("method")
-    one.add_argument("regime")
-    one.add_argument("shorter", type=int)
-    one.add_argument("batch_size", type=int, nargs="?")
+    for command in ("name", "arguments"):
+        one = commands.add_parser(command)
+        one.add_argument("method")
+        one.add_argument("regime")
+        if command == "name":
+            one.add_argument("network")
     whole = commands.add_parser("plan")
-    whole.add_argument("--shorter", type=int, required=True)
     for name in ("depths", "seeds", "methods", "regimes", "network"):
         whole.add_argument(f"--{name}", required=True)
     whole.add_argument("--results_dir", type=Path, required=True)
-    whole.add_argument("--batch_size", type=int)
     whole.add_argument("--slots", type=int, default=1)
     whole.add_argument("more", nargs="*")
     args = parser.parse_args()
     try:
-        if args.command == "arguments":
-            print("\n".join(arguments(args.method, args.regime, args.shorter, args.batch_size)))
-            return 0
-        return plan(args, args.more)
+        wishes = Wishes.of(os.environ)
+        if args.command == "plan":
+            return plan(args, wishes, args.more)
+        if args.command == "name":
+            print(run_name(args.network, args.method, args.regime, wishes))
+        else:
+            print("\n".join(arguments(args.method, args.regime, wishes)))
+        return 0
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,3 @@
 #!/usr/bin/env bash
-# Full precision: the warm start of the other three, which take that of seed 0.
-#
-#   DEPTH=20 EPOCHS=200 scripts/train-cifar10-fp.sh         others: see seeds.sh
-set -euo pipefail
-. "$(dirname "$0")/seeds.sh"
-run_seeds "$NETWORK" --batch-size 128 --epochs "${EPOCHS:-200}" ${LR:+--lr "$LR"}
+# Full precision: the warm start of the others, which take that of seed 0. What can be set: see train-cifar10.sh.
+exec "$(dirname "$0")/train-cifar10.sh" fp

@@ -657,3 +657,20 @@ def test_only_unfinished_runs(tmp_path, capsys):
     assert "No run is finished yet" in (tmp_path / "out" / "report.md").read_text()
     assert "unfinished: 1 of 6 epochs" in (tmp_path / "out" / "report.md").read_text()
     assert "0 of 1 runs" in capsys.readouterr().out
+
+
+def test_what_is_committed_is_not_mixed_with_ones_own_runs(tmp_path):
+    """In a fresh clone: every committed run lies below a marked folder, and is found by a path of its own."""
+    committed = subprocess.run(["git", "ls-files", "results"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    if not committed:
+        pytest.skip("not a clone")
+    for name in committed:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    assert any(name.endswith("args.json") for name in committed)
+    assert runs.find(tmp_path / "results") == []
+    own = make_run(tmp_path / "results" / "own_run_0", "prox", 0, 20.0)
+    assert runs.find(tmp_path / "results") == [own]
+    kept = {(tmp_path / name).parent for name in committed if name.endswith("args.json")}
+    assert {run for run in kept if runs.find(run) == [run]} == kept
+    assert {run for folder in (tmp_path / "results").iterdir() if folder != own for run in runs.find(folder)} == kept

@@ -3,6 +3,9 @@
 import ast
 import itertools
 import os
+import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,12 +16,20 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import data
+import quantize
+from models import MODELS
+from training import arguments, regimes
+
 SCRIPTS = {
     "train-cifar10-fp.sh": "resnet8",
     "train-cifar10-pq-binary.sh": "resnet8_pq_binary_Adam",
     "train-cifar10-binaryconnect.sh": "resnet8_bc_Adam",
     "train-cifar10-pq-ternary.sh": "resnet8_pq_ternary_Adam",
 }
+
+
+WHOLE = {"EPOCHS": "", "FREEZE_EPOCH": ""}  # for the schedule's own
 
 
 def environment(folder: Path, data: Path, **more: str) -> dict[str, str]:
@@ -62,10 +73,11 @@ def test_all_four_one_after_another(folder, tiny_data):
     assert again.stdout.count("complete") == 2
 
 
-def fake_python(folder: Path, body: str) -> str:
+def fake_python(folder: Path, body: str, gpus: str = "0 1") -> str:
     """An interpreter in name: gets main_binary_reg.py's arguments, so that queues can be tested without training."""
     path = folder / "fake-python"
-    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    asked = f'case "$1" in -c) echo "GPUs: {gpus}"; exit;; scripts/study.py) exec {sys.executable} "$@";; esac'
+    path.write_text(f"#!/usr/bin/env bash\n{asked}\n{body}\n")
     path.chmod(0o755)
     return str(path)
 
@@ -81,18 +93,108 @@ def test_a_failing_seed_is_named(tmp_path):
 
 @pytest.mark.parametrize(("gpus", "per_gpu", "at_once"), [("", "1", 1), ("0 1", "1", 2), ("0 1", "2", 4)])
 def test_more_seeds_than_places_queue_up(tmp_path, gpus, per_gpu, at_once):
-    body = (
-        f'mkdir {tmp_path}/on_$$; ls -d {tmp_path}/on_* | wc -l; sleep 0.6; rmdir {tmp_path}/on_$$; echo "$*" >> {tmp_path}/calls'
-    )
-    fake = fake_python(tmp_path, body)
+    """Each run waits until as many have begun as may run at once, and the log says how many there ever were."""
+    log = tmp_path / "log"
+    wait = f'until [ "$(grep -c began {log})" -ge {at_once} ]; do sleep 0.02; done'
+    fake = fake_python(tmp_path, f'echo "began $*" >> {log}; {wait}; echo ended >> {log}')
     settings = environment(tmp_path, tmp_path, PYTHON=fake, SEEDS="0 1 2 3 4", GPUS=gpus, RUNS_PER_GPU=per_gpu)
     assert run("train-cifar10-fp.sh", env=settings).returncode == 0
-    counts = [int((tmp_path / "results" / f"resnet8_run_{seed}.out").read_text()) for seed in range(5)]
-    assert max(counts) == at_once
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 5
-    used = {call.split("--gpu ")[1].split()[0] for call in calls if "--gpu " in call}
+    lines = log.read_text().splitlines()
+    running = list(itertools.accumulate(1 if line.startswith("began") else -1 for line in lines))
+    assert max(running) == at_once
+    assert (len(lines), running[-1]) == (10, 0)
+    used = {line.split("--gpu ")[1].split()[0] for line in lines if "--gpu " in line}
     assert used == set(gpus.split())
+
+
+@pytest.mark.parametrize(
+    ("settings", "threads"),
+    [
+        ({"RUNS_PER_GPU": "2"}, "3"),
+        ({"RUNS_PER_GPU": "9"}, "1"),
+        ({"RUNS_PER_GPU": "9", "SEEDS": "0 1 2"}, "2"),
+        ({"GPUS": "0 1", "RUNS_PER_GPU": "2"}, "1"),
+        ({"RUNS_PER_GPU": "2", "OMP_NUM_THREADS": "5"}, "5"),
+        ({}, "as many as there are"),
+    ],
+)
+def test_each_of_several_runs_has_its_share_of_the_cores(tmp_path, settings, threads):
+    (tmp_path / "nproc").write_text("#!/bin/sh\necho 6\n")
+    (tmp_path / "nproc").chmod(0o755)
+    fake = fake_python(tmp_path, 'echo "${OMP_NUM_THREADS-as many as there are}"')
+    given = {"SEEDS": "0 1 2 3 4 5", "PATH": f"{tmp_path}:{os.environ['PATH']}", **settings}
+    there = environment(tmp_path, tmp_path, PYTHON=fake, **given)
+    if "OMP_NUM_THREADS" not in settings:
+        del there["OMP_NUM_THREADS"]
+    done = run("train-cifar10-fp.sh", env=there)
+    assert done.returncode == 0, done.stderr
+    assert {line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith("seed ")} == {threads}
+
+
+def test_gpus_that_are_not_here(tmp_path):
+    settings = environment(tmp_path, tmp_path, SEEDS="0", GPUS="7")
+    done = run("train-cifar10-fp.sh", env={**settings, "PYTHON": fake_python(tmp_path, 'echo "$*"', gpus="")})
+    assert done.returncode == 0, done.stderr
+    assert "GPUS=7: there is no GPU here, so the CPU is used" in done.stderr
+    assert "seeds 0 on the CPU" in done.stdout
+    assert "--gpu" not in done.stdout
+    done = run("train-cifar10-fp.sh", env={**settings, "PYTHON": fake_python(tmp_path, 'echo "$*"', gpus="0 1")})
+    assert (done.returncode, done.stderr) == (2, "error: GPUS=7: there is no GPU 7 here, only 0 1\n")
+    assert "--save" not in done.stdout
+
+
+@pytest.mark.parametrize("script", ["train-cifar10-fp.sh", "reproduce.sh", "quickstart.sh", "test.sh"])
+def test_a_python_that_cannot_run_gives_its_reason(tmp_path, script):
+    (tmp_path / "file").write_text("no program")
+    for python, reason in (("missing", "No such file or directory"), ("file", "Permission denied")):
+        done = run(script, env=environment(tmp_path, tmp_path, PYTHON=str(tmp_path / python)))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"error: PYTHON={tmp_path / python} cannot be run: {reason}\n"
+
+
+def test_relative_places_are_those_of_the_callers_folder(tmp_path):
+    fake_python(tmp_path, 'printf "<%s>" "$@"')
+    places = {"RESULTS_DIR": "a b", "TB_DIR": "tb", "DATA_DIR": "../data", "RESUME": "start", "PYTHON": "./fake-python"}
+    done = run("train-cifar10-pq-binary.sh", env=environment(tmp_path, tmp_path, **{**places, "SEEDS": "0"}), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a b" / "resnet8_pq_binary_Adam_run_0.out").exists()
+    for flag, place in (("results_dir", "a b"), ("data_dir", "../data"), ("resume", "start")):
+        assert f"<--{flag}><{tmp_path}/{place}>" in done.stdout
+    assert f"<--tb_dir><{tmp_path}/tb/resnet8_pq_binary_Adam_run_0>" in done.stdout
+    places |= {"RESULTS_DIR": f"{tmp_path}/whole", "PYTHON": f"{tmp_path}/fake-python", "SEEDS": "0"}
+    done = run("train-cifar10-pq-binary.sh", env=environment(tmp_path, tmp_path, **places), cwd=ROOT)
+    assert "<--tb_dir><tb/resnet8_pq_binary_Adam_run_0>" in done.stdout  # as it was given, where it is the same
+
+
+def test_two_scripts_at_once_make_one_environment(tmp_path):
+    """The second one is started while the first one installs; it waits, and finds everything there."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "environment.sh", tmp_path / "scripts")
+    (tmp_path / "requirements.txt").write_text("something\n")
+    os.mkfifo(tmp_path / "go")
+    maker = tmp_path / "bin" / "python3"
+    maker.parent.mkdir()
+    made = "mkdir -p .venv/bin; printf '#!/bin/sh\n' > .venv/bin/python; chmod +x .venv/bin/python"
+    maker.write_text(f"#!/usr/bin/env bash\necho made >> log; {made}; read -r _ < go\n")
+    maker.chmod(0o755)
+    there = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+    there["PATH"] = f"{maker.parent}:{there['PATH']}"
+    script = "set -e; . scripts/environment.sh; make_environment requirements.txt; echo done with $PYTHON"
+    started = []
+    try:
+        for expected in ("Installing requirements.txt", "Waiting for another script"):
+            process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=there, stdout=subprocess.PIPE, text=True)
+            started.append(process)
+            assert process.stdout.readline().startswith(expected)
+        with open(tmp_path / "go", "w") as go:
+            go.write("on\n")
+        for process in started:
+            assert process.communicate()[0] == f"done with {tmp_path}/.venv/bin/python\n"
+            assert process.returncode == 0
+    finally:
+        for process in started:
+            process.kill()
+    assert (tmp_path / "log").read_text() == "made\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -112,16 +214,6 @@ def test_an_interrupt_ends_the_children(tmp_path, number):
     for child in map(int, (tmp_path / "started").read_text().split()):
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
-
-
-def test_summary_of_runs(folder, tiny_data):
-    test_all_four_one_after_another(folder, tiny_data) if not (folder / "results").exists() else None
-    runs = [folder / "results" / f"{name}_run_0" for name in SCRIPTS.values()]
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "summary.py", *runs], capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
-    assert [line.split()[0] for line in lines[1:5]] == [path.name for path in runs]
-    assert "95.8%" in lines[2]
-    assert lines[2].split()[-1] == "0.000"
 
 
 def test_a_short_soak(tiny_data):
@@ -161,16 +253,21 @@ def slurm(folder: Path, fake: str, task: int, **more: str) -> subprocess.Popen:
 
 
 def test_each_slurm_task_is_one_method_and_seed(tmp_path):
-    fake = fake_python(tmp_path, f'case "$1" in scripts/*) exec {sys.executable} "$@";; *) echo "$@";; esac')
-    found = [slurm(tmp_path, fake, task, SCHEDULE="short", SLURM_GPUS_ON_NODE="2").communicate()[0] for task in range(6)]
-    names = ["bc_run_3", "bc_run_5", "pq_binary_run_3", "pq_binary_run_5", "pq_ternary_run_3", "pq_ternary_run_5"]
+    fake = fake_python(tmp_path, 'echo "$@"')
+    more = {"EPOCHS": "", "FREEZE_EPOCH": "", "SCHEDULE": "short", "SLURM_GPUS_ON_NODE": "2"}
+    found = [slurm(tmp_path, fake, task, **more).communicate()[0] for task in range(6)]
+    names = ["bc_Adam_run_3", "bc_Adam_run_5", "pq_binary_Adam_run_3", "pq_binary_Adam_run_5", "pq_ternary_Adam_run_3"]
+    names.append("pq_ternary_Adam_run_5")
     for line, name in zip(found, names, strict=True):
         assert f"--save resnet8_{name} " in line
         assert f"--seed {name[-1]} " in line
         assert "--gpus 0,1 " in line
         assert "resnet8_run_3 " in line  # the warm start: there is no seed 0
     assert "--epochs 12 " in found[0]
-    assert "--epochs 300 " in slurm(tmp_path, fake, 1).communicate()[0]
+    assert "--epochs 300 " in slurm(tmp_path, fake, 1, EPOCHS="", FREEZE_EPOCH="").communicate()[0]
+    scaled = slurm(tmp_path, fake, 1, EPOCHS="30", FREEZE_EPOCH="").communicate()[0]
+    assert "--epochs 30 " in scaled
+    assert "--freeze_epoch 20 " in scaled
     beyond = slurm(tmp_path, fake, 6)
     assert "tasks 0 to 5" in beyond.communicate()[1]
     assert beyond.returncode == 2
@@ -179,8 +276,7 @@ def test_each_slurm_task_is_one_method_and_seed(tmp_path):
 @pytest.mark.parametrize(("number", "status", "requeued"), [(signal.SIGUSR1, 0, True), (signal.SIGTERM, 143, False)])
 def test_a_slurm_task_saves_and_is_requeued(tmp_path, number, status, requeued):
     wait = f"trap 'sleep 0.2; exit 138' USR1; trap 'exit 143' TERM; touch {tmp_path}/started; while :; do sleep 0.05; done"
-    fake = fake_python(tmp_path, f'case "$1" in scripts/*) exec {sys.executable} "$@";; *) {wait};; esac')
-    process = slurm(tmp_path, fake, 0)
+    process = slurm(tmp_path, fake_python(tmp_path, wait), 0)
     began = time.monotonic()
     while not (tmp_path / "started").exists():
         assert time.monotonic() - began < 30
@@ -190,6 +286,54 @@ def test_a_slurm_task_saves_and_is_requeued(tmp_path, number, status, requeued):
     assert process.returncode == status
     calls = tmp_path / "scontrol-calls"
     assert (calls.read_text() == "requeue 77\n") if requeued else not calls.exists()
+
+
+def study_arguments(method: str, regime: str, **settings: str) -> dict[str, str]:
+    """Flags and values; the value of a switch is nothing."""
+    command = [sys.executable, ROOT / "scripts" / "study.py", "arguments", method, regime]
+    cleared = {name: value for name, value in os.environ.items() if name not in ("EPOCHS", "FREEZE_EPOCH", "LR", "REG_RATE")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**cleared, **settings})
+    words = done.stdout.splitlines()
+    return {
+        word: "" if following.startswith("--") else following
+        for word, following in itertools.pairwise([*words, "--"])
+        if word.startswith("--")
+    }
+
+
+def test_the_published_arguments_are_those_of_the_readme():
+    """So that a run by hand and its script's are one and the same."""
+    commands = re.findall(r"^    python main_binary_reg\.py (.*--epochs .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    by_mode = {"fp": "", "bc": "lazy", "pq_binary": "prox", "pq_ternary": "prox_ternary"}
+    names = {"modes": quantize.MODES, "models": MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
+    placed = {"save", "tb_dir", "resume", "model_config", "gpus", "seed", "typed"}
+    for method, mode in by_mode.items():
+        command = next(one for one in commands if (f"--projection_mode {mode} " in f"{one} ") or not mode)
+        by_hand = vars(arguments.parse(shlex.split(command), **names)[0])
+        given = [word for pair in study_arguments(method, "published").items() for word in pair if word]
+        by_script = vars(arguments.parse(given, **names)[0])
+        assert {name for name in by_hand if by_hand[name] != by_script[name]} <= placed, method
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 30, 450])
+@pytest.mark.parametrize("method", ["bc", "pq_binary", "pq_ternary", "ttq", "prox_alt"])
+def test_the_freeze_goes_with_the_epochs(method, epochs):
+    found = study_arguments(method, "published", EPOCHS=str(epochs))
+    assert int(found["--epochs"]) == epochs
+    assert 0 <= int(found["--freeze_epoch"]) < epochs
+    assert int(found["--freeze_epoch"]) == pytest.approx(2 / 3 * epochs, abs=0.7)
+    given = study_arguments(method, "published", EPOCHS=str(epochs), FREEZE_EPOCH="7", LR="0.5", REG_RATE="3")
+    assert (given["--freeze_epoch"], given["--lr"]) == ("7", "0.5")
+    assert given.get("--reg_rate") == ("3.0" if "--reg_rate" in found else None)
+
+
+def test_a_quantizer_is_in_the_name_of_its_runs():
+    command = [sys.executable, ROOT / "scripts" / "study.py", "name", "prox_alt", "common", "resnet20"]
+    wished = {**os.environ, "BITS": "2", "BY_ROW": "1", "QUANTIZER": "uniform"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=wished)
+    assert done.stdout == "resnet20_prox_alt_uniform_2bit_row_Adam_common\n"
+    found = study_arguments("prox_alt", "common", BITS="2", BY_ROW="1", QUANTIZER="uniform")
+    assert (found["--quantizer"], found["--bits"], found["--by_row"]) == ("uniform", "2", "")
 
 
 @pytest.mark.parametrize(
@@ -202,16 +346,14 @@ def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter, bat
     """The summed strength, counted step by step from the command line's own arguments."""
 
     def pull(found: dict[str, str]) -> float:
-        regime, rate, total = ast.literal_eval(found.get("--regime", "{}")), float(found["--lr"]), 0.0
+        published = {} if "--binary_regime" not in found else {0: {"lr": 0.01}, 81: {"lr": 0.001}, 122: {"lr": 0.0001}}
+        regime, rate, total = ast.literal_eval(found.get("--regime", str(published))), float(found["--lr"]), 0.0
         for epoch in range(int(found["--freeze_epoch"])):
             rate = regime.get(epoch, {}).get("lr", rate)
             total += -(-50_000 // int(found["--batch-size"])) * rate * float(found["--reg_rate"]) * epoch
         return total
 
-    command = [sys.executable, ROOT / "scripts" / "study.py", "arguments", method, regime, str(shorter)]
-    command += [] if batch_size is None else [str(batch_size)]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    found = dict(zip(lines[::2], lines[1::2], strict=True))
+    found = study_arguments(method, regime, SHORTER=str(shorter), BATCH_SIZE="" if batch_size is None else str(batch_size))
     epochs = 600 if (method, regime) == ("pq_ternary", "published") else 300
     assert int(found["--epochs"]) == pytest.approx(epochs / shorter, abs=1)
     assert int(found["--freeze_epoch"]) == pytest.approx(int(found["--epochs"]) * 2 / 3, abs=1)
@@ -225,11 +367,11 @@ def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter, bat
 
 def test_the_whole_study(tmp_path, tiny_data):
     """All methods under both regimes from one command; given again it finds everything complete."""
-    settings = environment(tmp_path, tiny_data, SCHEDULE="short", SHORTER="100", DEPTHS="8", RUNS_PER_GPU="2")
+    settings = environment(tmp_path, tiny_data, SCHEDULE="short", SHORTER="100", DEPTHS="8", RUNS_PER_GPU="2", **WHOLE)
     settings["METHODS"] = "fp bc pq_binary pq_ternary"
     done = run("reproduce.sh", env=settings)
     assert done.returncode == 0, done.stdout + done.stderr
-    names = ["resnet8", *(f"resnet8_{m}{r}" for r in ("", "_common") for m in ("bc", "pq_binary", "pq_ternary"))]
+    names = ["resnet8", *(f"resnet8_{m}_Adam{r}" for r in ("", "_common") for m in ("bc", "pq_binary", "pq_ternary"))]
     said = [line for line in done.stdout.splitlines() if "all seeds done" in line]
     assert said == [f"{name}: all seeds done: 0 1" for name in names]
     assert "an epoch (measured now, alone)" in done.stdout
@@ -245,9 +387,16 @@ def test_nothing_starts_from_a_network_that_is_half_trained(tmp_path):
     measured = tmp_path / "results" / "resnet8_run_9"
     measured.mkdir(parents=True)
     (measured / "results.csv").write_text("epoch,seconds\n1,36\n")
-    main = 'echo "$*" >> "$TB_DIR.calls"; case "$*" in *resnet8_run_1*) echo killed; exit 137;; esac; echo trained'
-    fake = fake_python(tmp_path, f'case "$1" in scripts/*) exec {sys.executable} "$@";; *) {main};; esac')
-    settings = {"PYTHON": fake, "SCHEDULE": "short", "DEPTHS": "8", "SEEDS": "1 2", "REGIMES": "common"}
+    main = f'case "$1" in scripts/report.py) exec {sys.executable} "$@";; esac; '
+    main += 'echo "$*" >> "$TB_DIR.calls"; case "$*" in *resnet8_run_1*) echo killed; exit 137;; esac; echo trained'
+    settings = {
+        "PYTHON": fake_python(tmp_path, main),
+        **WHOLE,
+        "SCHEDULE": "short",
+        "DEPTHS": "8",
+        "SEEDS": "1 2",
+        "REGIMES": "common",
+    }
     done = run("reproduce.sh", env=environment(tmp_path, tmp_path, **settings))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "about 0.9 hours" in done.stdout  # 2 seeds of 8 epochs, and 3 x 2 of 12, of 36 s each, one after another
@@ -274,10 +423,13 @@ def test_how_long_runs_take_side_by_side(slots, length):
         ("REGIMES", "tuned"),
         ("SHORTER", "0"),
         ("BATCH_SIZE", "0"),
+        ("EPOCHS", "0"),
+        ("FREEZE_EPOCH", "later"),
+        ("BITS", "2"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused_at_once(tmp_path, name, value):
-    done = run("reproduce.sh", env=environment(tmp_path, tmp_path, **{"SCHEDULE": "short", name: value}))
+    done = run("reproduce.sh", env=environment(tmp_path, tmp_path, **{"SCHEDULE": "short", **WHOLE, name: value}))
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert name in done.stderr

@@ -14,6 +14,7 @@ from typing import Any
 from training import checkpoints
 
 _MARKS = ("args.json", "results.csv", checkpoints.LATEST)  # a folder with one of them is a run's
+KEPT = ".part_of_the_repository"  # marks a folder whose runs are nobody's but the repository's
 _LOST = re.compile(r"(.+_run_\d+)\.out")  # what scripts/seeds.sh keeps of a run's output, beside its folder
 # The arguments without which nothing can be said about a run, and their kinds.
 _NEEDED = {"dataset": str, "model": str, "model_config": dict, "epochs": int, "batch_size": int, "freeze_epoch": int, "seed": int}
@@ -75,9 +76,17 @@ class Run:
 
 
 def find(path: Path) -> list[Path]:
-    """The run folders at or below a path, and those of runs that left only their output; the least deep first, then by name."""
+    """The run folders at or below a path, and those of runs that left only their output; the least deep first, then by name.
+
+    A path may also be such an output. What is part of the repository is found by a path of its own alone.
+    """
+    if lost := _LOST.fullmatch(path.name):
+        return [path.with_name(lost[1])] if path.is_file() else []
     found = []
     for folder, folders, files in os.walk(path):
+        if KEPT in files and Path(folder) != path:
+            folders.clear()
+            continue
         if any(mark in files for mark in _MARKS):
             found.append(Path(folder))
             folders.clear()  # what lies in a run's folder is the run's
