@@ -36,7 +36,7 @@ from training.epoch import Job, describe, finish_epoch, train_epoch
 from training.evaluation import build_model, evaluate, load_data
 from training.folder import Run, facts_of_machine, log, log_to_terminal
 from training.processes import Processes, here, joined, launch, lost_another, started_by_torchrun, synchronized
-from training.state import State
+from training.state import Diverged, State
 from training.tasks import task_of
 from utils import UsageError
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             return train(args, [*warnings, *([warning] if warning else [])], run, device, processes)
     except UsageError as error:
         return _fail(str(error), 2)
-    except loops.Diverged as error:
+    except Diverged as error:
         return _fail(f"{error}: stopped, the last good checkpoint is kept; a smaller --lr may help", 1)
     except loops.Interrupted as interruption:
         return 128 + interruption.number

@@ -63,14 +63,14 @@ def train(out: Path, rank: int, arguments: list[str]) -> int:
         torch.save(held, out / f"weights-{rank}-{state.epoch}.pt")
         finish_epoch(job, state, row, board)
 
-    def step_or_die(job, state):
+    def step_or_die(job, state, progress):
         nonlocal steps
         steps += 1
         marker = out / "fault-has-happened"
         if os.environ.get("FAULT") == f"{rank} {steps}" and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        between_steps(job, state)
+        between_steps(job, state, progress)
 
     main_binary_reg.finish_epoch, epoch.between_steps = finish_and_note, step_or_die
     return main_binary_reg.main(arguments)

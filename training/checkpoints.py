@@ -1,9 +1,11 @@
 """Checkpoint files: written whole, read as tensors and plain values only."""
 
 import io
+import math
 import pickle
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,28 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UnreadableCheckpoint(f"{path}: not a checkpoint, it has no state_dict")
     return content
+
+
+def not_finite(content: dict[str, Any]) -> str | None:
+    """The first thing that is not finite among a checkpoint's weights, optimizer state and loss: no run could train on with it.
+
+    Validation losses are left out: that of a hard-quantized network may be beyond all numbers before the freeze.
+    """
+    parts = ((name, content.get(name)) for name in ("state_dict", "optimizer", "meter", "carried"))
+    return next((name for part, value in parts for name in _not_finite(value, part)), None)
+
+
+def _not_finite(value: Any, name: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _not_finite(inner, f"{name} {key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _not_finite(inner, f"{name} {index}")
+    elif (isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all()) or (
+        isinstance(value, float) and not math.isfinite(value)
+    ):
+        yield name
 
 
 def locate(path: Path) -> Path:

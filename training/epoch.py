@@ -77,7 +77,9 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
             state.meter,
             state.carried,
         )
-        loops.train(state, step, job.sets.train, lambda: between_steps(job, state), progress)
+        with progress:
+            loops.train(state, step, job.sets.train, lambda: between_steps(job, state, progress))
+        state.require_finite()  # before it can be the best network
         job.processes.align_buffers(state.model)
         row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength if optimizer.projecting else 0.0}
         row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
@@ -95,11 +97,13 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
     return {**row, "seconds": round(state.seconds, 3)}
 
 
-def between_steps(job: Job, state: State) -> None:
-    """Ends the process after a signal, and saves inside a long epoch; all processes at the same step."""
+def between_steps(job: Job, state: State, progress: loops.Progress) -> None:
+    """Shows the step, ends the process after a signal, and saves inside a long epoch; all processes at the same step."""
     minutes = job.args.checkpoint_minutes
     due = job.processes.first and minutes > 0 and time.monotonic() - job.run.saved_at > 60 * minutes
     number, due = job.processes.largest(job.stop.number, int(due))
+    # After the exchange: the look at the loss waits for the device, and there for ever for a process that is gone.
+    progress.step()
     job.stop.answer(number)
     if due:
         job.run.save_state(state.checkpoint(job.args))

@@ -99,9 +99,12 @@ class Run:
         for path in paths:
             try:
                 content = checkpoints.read(path)
-                if isinstance(content.get("epoch"), int) and isinstance(content.get("history"), list):
-                    return content
-                raise checkpoints.UnreadableCheckpoint(f"{path}: not the checkpoint of a run that can be continued")
+                if not isinstance(content.get("epoch"), int) or not isinstance(content.get("history"), list):
+                    raise checkpoints.UnreadableCheckpoint(f"{path}: not the checkpoint of a run that can be continued")
+                broken = checkpoints.not_finite(content)
+                if broken:
+                    raise checkpoints.UnreadableCheckpoint(f"{path}: {broken} is not finite")
+                return content
             except checkpoints.UnreadableCheckpoint as error:
                 log.warning(f"warning: {error}; looking for an older one")
         if paths and not self._overwrite:

@@ -14,15 +14,11 @@ from quantize import ProjectedOptimizer
 from sources.batches import Batches
 from training.computing import Precision
 from training.folder import log
-from training.state import State
+from training.state import Diverged, State
 from training.tasks import Network, Task
 from utils import Meter
 
 Step = Callable[[Tensor, Tensor, float], None]  # inputs, targets, weight
-
-
-class Diverged(Exception):
-    """The training loss is no longer a finite number."""
 
 
 class Interrupted(Exception):
@@ -56,7 +52,7 @@ class StopSignals:
 
 
 class Progress:
-    """How far an epoch is: a bar on a terminal, a line every so many steps in the log."""
+    """How far an epoch is: a bar on a terminal, a line every so many steps in the log. A context that ends with the epoch."""
 
     def __init__(self, words: str, batches: Batches, state: State, print_freq: int, shown: bool = True) -> None:
         self._words, self._batches, self._state, self._print_freq = words, batches, state, print_freq
@@ -79,8 +75,10 @@ class Progress:
         self._bar.set_postfix_str(shown)
         log.debug(f"{self._words}, step {done}/{len(self._batches)}: {shown}")
 
-    def close(self) -> None:
-        """Takes the bar away."""
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
 
@@ -109,25 +107,18 @@ def train_step(
         meter.update(output, targets, loss)
 
 
-def train(state: State, step: Step, batches: Batches, between_steps: Callable[[], None], progress: Progress) -> None:
+def train(state: State, step: Step, batches: Batches, between_steps: Callable[[], None]) -> None:
     """Trains on an epoch's batches from ``state.step`` on, and keeps ``state`` up to date.
 
     ``step(inputs, targets, weight)`` makes one step, see ``train_step``. ``between_steps`` is called after each, when ``state``
     can be saved; what it raises ends the epoch there.
-
-    Raises:
-        Diverged: if the loss is not finite.
     """
     state.model.train()
-    try:
-        for inputs, targets in batches.epoch(state.epoch, state.step):
-            samples = min(batches.batch_size, batches.samples - state.step * batches.batch_size)
-            step(inputs, targets, batches.share.weight(samples))
-            state.step += 1
-            progress.step()
-            between_steps()
-    finally:
-        progress.close()
+    for inputs, targets in batches.epoch(state.epoch, state.step):
+        samples = min(batches.batch_size, batches.samples - state.step * batches.batch_size)
+        step(inputs, targets, batches.share.weight(samples))
+        state.step += 1
+        between_steps()
 
 
 @torch.inference_mode()

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import quantize
-from training import regimes
+from training import checkpoints, regimes
 from training.tasks import Task
 from utils import Meter, UsageError
+
+
+class Diverged(Exception):
+    """The training loss or the weights are no longer finite numbers."""
 
 
 @dataclass
@@ -47,8 +51,12 @@ class State:
     processes: int = 1
 
     def checkpoint(self, args: Namespace) -> dict[str, Any]:
-        """Everything, as tensors and plain values; the keys of the published checkpoints keep their names."""
-        return {
+        """Everything, as tensors and plain values; the keys of the published checkpoints keep their names.
+
+        Raises:
+            Diverged: if the run could not train on from here.
+        """
+        content = {
             **self.network(args),
             "step": self.step,
             "seconds": self.seconds,
@@ -62,6 +70,17 @@ class State:
             "compiled": self.compiled,
             "processes": self.processes,
         }
+        self._require_finite(content)
+        return content
+
+    def require_finite(self) -> None:
+        """Raises Diverged on weights or an optimizer's state that are not finite."""
+        self._require_finite({"state_dict": self.model.state_dict(), "optimizer": self.optimizer.state_dict()})
+
+    def _require_finite(self, content: dict[str, Any]) -> None:
+        broken = checkpoints.not_finite(content)
+        if broken:
+            raise Diverged(f"epoch {self.epoch + 1}, after step {self.step}: {broken} is no longer finite")
 
     def network(self, args: Namespace) -> dict[str, Any]:
         """The network as it is now (inside ``hard_quantized()``: the quantized one), and what is needed to build it."""
