@@ -1,5 +1,6 @@
-"""The README: every training command runs (shortened), so does the code for one's own model, and its table of flags is true."""
+"""README and docs/: the training commands run (shortened), so does the code for one's own model; what the pages name is there."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -13,8 +14,21 @@ import quantize
 from models import MODELS
 from training import arguments, regimes
 
-README = (ROOT / "README.md").read_text()
-EVERY_COMMAND = re.findall(r"^    .*\bmain_binary_reg\.py (.*)$", README, re.MULTILINE)
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+README, OWN_MODELS, FLAGS = (PAGES[name] for name in ("README.md", "docs/own-models.md", "docs/flags.md"))
+CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
+# Indented lines are commands, all but those of the citation.
+LINES = [
+    line for page in PAGES.values() for line in re.findall(r"^    (.*)$", CODE.sub("", page.split("## Citation")[0]), re.MULTILINE)
+]
+ELSEWHERE = {  # what other tests run: test_package.py, test_bad_input.py, test_fuzz.py
+    "pip install .",
+    "python main_binary_reg.py --help",
+    "FUZZ_EXAMPLES=20000 python -m pytest tests/test_fuzz.py",
+}
+TRAINING = [line for line in LINES if "main_binary_reg.py" in line and line not in ELSEWHERE]
+SCRIPTS = [line for line in LINES if re.search(r"\bscripts/", line)]
+EVERY_COMMAND = [line.partition("main_binary_reg.py ")[2] for line in TRAINING]
 COMMANDS = [command for command in EVERY_COMMAND if "imagenet" not in command]  # test_command_line.py trains on ImageNet
 SHORT = ("--model_config", "{'depth': 8}", "--precision", "fp32")
 
@@ -44,48 +58,172 @@ def test_command(command, folder, tiny_data):
 
 @pytest.mark.parametrize("command", EVERY_COMMAND)
 def test_every_command_is_accepted(command):
-    names = {"modes": quantize.MODES, "models": MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
-    assert arguments.parse(shlex.split(command), **names)[1] == []
+    assert arguments.parse(shlex.split(command), **names())[1] == []
 
 
 def test_there_are_the_published_commands():
-    assert len(COMMANDS) == 5
-    assert sum("--freeze_epoch" in command for command in COMMANDS) == 3
+    published = [command for command in COMMANDS if command in README]
+    assert len(published) == 5
+    assert sum("--freeze_epoch" in command for command in published) == 3
 
 
-def test_own_model():
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-    images, labels = torch.randn(60, 4), torch.randint(0, 3, (60,))
-    validated = []
-    names = {
-        "torch": torch,
-        "model": model,
-        "epochs": 4,
-        "freeze_epoch": 3,
-        "rate": 1.0,
-        "batches": [(images, labels)] * 5,
-        "loss_fn": torch.nn.functional.cross_entropy,
-        "validate": lambda net: validated.append(set(net[0].weight.unique().tolist())),
-    }
-    exec(code, names)
-    assert validated == [{-1.0, 1.0}] * 4
-    assert set(model[2].weight.unique().tolist()) == {-1.0, 1.0}
+def test_no_command_goes_unchecked():
+    assert set(LINES) == {*TRAINING, *SCRIPTS, *ELSEWHERE}
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_scripts_know_what_commands_say(command):
+    """The script is there and can be run; it, or one that it uses, reads the variables, and it knows the flags."""
+    script = ROOT / re.search(r"\bscripts/[\w.-]+", command)[0]
+    text = script.read_text()
+    if script.suffix == ".py":
+        assert all(f'"{flag}"' in text for flag in re.findall(r"--\w+", command))
+        return
+    assert script.suffix == ".sbatch" or script.stat().st_mode & 0o111
+    text = "\n".join(path.read_text() for path in with_those_it_names(script))
+    for variable in re.findall(r"\b([A-Z_]+)=", command):
+        assert re.search(rf"\$\{{?{variable}\b|\"{variable}\"", text), variable
+
+
+def with_those_it_names(script: Path) -> set[Path]:
+    """A script, those in the same folder that it names, those that they name, and so on."""
+    found, looked_at = {script}, set()
+    while found - looked_at:
+        path = (found - looked_at).pop()
+        looked_at.add(path)
+        found |= {other for other in script.parent.iterdir() if other.is_file() and other.name in path.read_text()}
+    return found
+
+
+def test_the_readme_is_a_door():
+    assert len(README.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", PAGES[page]):
+        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_every_page_is_in_the_readme():
+    assert all(f"({page})" in README for page in PAGES if page != "README.md")
+
+
+class Quantized:
+    """A network, data and a loop's functions for the pages' code; remembers how many values a weight had at each validation."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)]
+        self.model = torch.nn.Sequential(*layers)
+        self.batches = [(torch.randn(60, 4), torch.randint(0, 3, (60,)))] * 3
+        self.validated: list[int] = []
+
+    def train_one_epoch(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for images, labels in self.batches:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+
+    def validate(self, model: torch.nn.Module) -> None:
+        self.validated.append(self.values())
+
+    def values(self) -> int:
+        return len(self.model[2].weight.unique())
+
+
+def in_mode(code: str, mode_name: str) -> str:
+    """The code with another mode than the one that it shows."""
+    assert code.count('MODES["prox"]') == 1
+    return code.replace('MODES["prox"]', f'MODES["{mode_name}"]')
+
+
+@pytest.mark.parametrize("mode_name", quantize.MODES)
+def test_own_model(mode_name):
+    code, setting = CODE.findall(OWN_MODELS)[0], Quantized()
+    given = {name: getattr(setting, name) for name in ("model", "batches", "validate")}
+    exec(in_mode(code, mode_name), {**given, "epochs": 12, "freeze_epoch": 11, "loss_fn": torch.nn.functional.cross_entropy})
+    levels = 3 if "ternary" in mode_name else 2
+    assert setting.validated == [levels] * 12
+    assert setting.values() == levels
+
+
+@pytest.mark.parametrize("mode_name", quantize.MODES)
+def test_own_model_in_the_readme(mode_name):
+    (code,) = CODE.findall(README)
+    setting = Quantized()
+    given = {"torch": torch, "quantize": quantize, "model": setting.model, "train_one_epoch": setting.train_one_epoch}
+    exec(in_mode(code, mode_name), given)
+    assert setting.values() == (3 if "ternary" in mode_name else 2)
+    assert given["optimizer"].frozen
+
+
+def test_the_rate_is_the_published_one_at_the_published_length():
+    found = {}
+    exec(CODE.findall(OWN_MODELS)[1], found)
+    assert found["rate_for"](7.8, 0.01, 391, 200) == pytest.approx(1e-4, rel=0.01)
+    assert found["rate_for"](15.6, 0.01, 196, 400) == pytest.approx(1e-4, rel=0.01)
+
+
+def names() -> dict:
+    return {"modes": quantize.MODES, "models": MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
+
+
+def flags() -> list:
+    return [action for action in arguments.build_parser(**names())._actions if action.dest != "help"]
 
 
 def test_flags_are_the_parsers():
-    parser = arguments.build_parser(modes=quantize.MODES, models=MODELS, datasets=data.DATASETS, optimizers=regimes.OPTIMIZERS)
-    actions = [action for action in parser._actions if action.dest != "help"]
-    expected = [f"| {', '.join(f'`{flag}`' for flag in action.option_strings)} | {action.help} |" for action in actions]
-    assert [line for line in README.splitlines() if line.startswith("| `-")] == expected
+    expected = [f"| {', '.join(f'`{flag}`' for flag in action.option_strings)} | {action.help} |" for action in flags()]
+    assert [line for line in FLAGS.split("\n## ")[0].splitlines() if line.startswith("| `-")] == expected
 
 
 def test_defaults_are_those_of_the_help():
-    parser = arguments.build_parser(modes=quantize.MODES, models=MODELS, datasets=data.DATASETS, optimizers=regimes.OPTIMIZERS)
-    for action in parser._actions:
+    for action in flags():
         stated = re.findall(r"\(default: (-?[\w./-]+)[),;]", action.help)
-        special = action.default in (None, {}) or action.dest in ("binary_reg", "help")  # a default that depends on the rest
+        special = action.default in (None, {}) or action.dest == "binary_reg"  # a default that depends on the rest
         if not special and action.nargs != 0:
             default = ",".join(map(str, action.default)) if isinstance(action.default, list) else action.default
             assert stated == [str(default)] or float(stated[0]) == float(default), action.dest
+
+
+def source_of(file: str, name: str) -> str:
+    """The source of a function, or of a class's method, in a file of this repository."""
+    text = (ROOT / file).read_text()
+    node = ast.parse(text)
+    for part in name.split("."):
+        kinds = (ast.FunctionDef, ast.ClassDef)
+        (node,) = (child for child in node.body if isinstance(child, kinds) and child.name == part)
+    return ast.get_source_segment(text, node)
+
+
+FUNCTION = re.compile(r"`([\w/]+\.py)`: `([\w.]+)`")
+
+
+def test_the_map_leads_from_each_flag_to_its_line():
+    """The function in the middle column asks for the flag by name; the one in the last column is there."""
+    rows = [line.split(" | ") for line in PAGES["docs/reading-the-code.md"].splitlines() if line.startswith("| `--")]
+    by_flag = {flag: action for action in flags() for flag in action.option_strings}
+    assert len(rows) == len(flags())
+    assert {by_flag[row[0].strip("| `")].dest for row in rows} == {action.dest for action in flags()}
+    for flag, asked, acts in rows:
+        dest = by_flag[flag.strip("| `")].dest
+        for file, name in FUNCTION.findall(asked):
+            assert re.search(rf"\b{dest}\b", source_of(file, name)), (flag, file, name)
+        assert FUNCTION.findall(asked), flag
+        assert FUNCTION.findall(acts), flag
+        for file, name in FUNCTION.findall(acts):
+            source_of(file, name)
+
+
+def test_promises_name_tests_that_are_there():
+    named = 0
+    for line in PAGES["docs/reliability.md"].splitlines():
+        file = None
+        for word in re.findall(r"`([^`]+)`", line):
+            if word.startswith("tests/") and word.endswith(".py"):
+                file = word
+            elif word.startswith("test_"):
+                assert source_of(file, word), (file, word)
+                named += 1
+    assert named > 20
