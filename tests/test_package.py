@@ -73,3 +73,4 @@ def test_it_trains_from_elsewhere_with_torch_alone(installed, tmp_path):
     assert found["quantized"] == [[1.0, -1.0, 1.0]]
     rooms = {name.removesuffix(".py") for name in ROOMS}
     assert rooms & set(found["imported"]) == {"quantize"}
+    assert "safetensors" not in found["imported"]
