@@ -185,11 +185,11 @@ def test_what_cannot_be_packed_is_refused_by_name(tmp_path):
 
 def test_the_example_of_the_page():
     content = packing.pack(EXAMPLE, ["fc.weight"], "prox_ternary")
-    stated = [bytes.fromhex(line) for line in re.findall(r"^    ((?:[0-9a-f]{2} +)+[0-9a-f]{2})", PAGE, re.MULTILINE)]
+    stated = [bytes.fromhex(line) for line in re.findall(r"^((?:[0-9a-f]{2} +)+[0-9a-f]{2})", PAGE, re.MULTILINE)]
     assert f"has {len(content)} bytes" in PAGE
     assert stated[0] == content[:8]
     assert b"".join(stated[1:]) == content[8 + int.from_bytes(content[:8], "little") :]
-    assert re.search(r"^    (\{.*\})$", PAGE, re.MULTILINE)[1] == table_of(content)
+    assert re.search(r"^(\{.*\})$", PAGE, re.MULTILINE)[1] == table_of(content)
 
 
 def header_of(content: bytes) -> dict:
