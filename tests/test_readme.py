@@ -1,6 +1,7 @@
 """README and docs/: the training commands run (shortened), so does the code for one's own model; what the pages name is there."""
 
 import ast
+import copy
 import re
 import shlex
 from pathlib import Path
@@ -18,11 +19,11 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "READ
 README, OWN_MODELS, FLAGS = (PAGES[name] for name in ("README.md", "docs/own-models.md", "docs/flags.md"))
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
 # Indented lines are commands, all but those of the citation.
-LINES = [
-    line for page in PAGES.values() for line in re.findall(r"^    (.*)$", CODE.sub("", page.split("## Citation")[0]), re.MULTILINE)
-]
+PARTS = [CODE.sub("", page.split("## Citation")[0]) for page in PAGES.values()]
+LINES = [line for part in PARTS for line in re.findall(r"^    (.*)$", part, re.MULTILINE)]
 ELSEWHERE = {  # what other tests run: test_package.py, test_bad_input.py, test_fuzz.py
     "pip install .",
+    "pip install '.[packing]'",
     "python main_binary_reg.py --help",
     "FUZZ_EXAMPLES=20000 python -m pytest tests/test_fuzz.py",
 }
@@ -139,13 +140,20 @@ def in_mode(code: str, mode_name: str) -> str:
 
 
 @pytest.mark.parametrize("mode_name", quantize.MODES)
-def test_own_model(mode_name):
-    code, setting = CODE.findall(OWN_MODELS)[0], Quantized()
+def test_own_model(mode_name, tmp_path, monkeypatch):
+    """The whole loop, and what is written after it."""
+    loop, saving, *_ = CODE.findall(OWN_MODELS)
+    setting = Quantized()
     given = {name: getattr(setting, name) for name in ("model", "batches", "validate")}
-    exec(in_mode(code, mode_name), {**given, "epochs": 12, "freeze_epoch": 11, "loss_fn": torch.nn.functional.cross_entropy})
+    given |= {"epochs": 12, "freeze_epoch": 11, "loss_fn": torch.nn.functional.cross_entropy}
+    exec(in_mode(loop, mode_name), given)
     levels = 3 if "ternary" in mode_name else 2
     assert setting.validated == [levels] * 12
     assert setting.values() == levels
+    monkeypatch.chdir(tmp_path)
+    before = copy.deepcopy(setting.model.state_dict())
+    exec(saving, given)
+    assert all(torch.equal(value, before[name]) for name, value in setting.model.state_dict().items())
 
 
 @pytest.mark.parametrize("mode_name", quantize.MODES)
@@ -160,7 +168,7 @@ def test_own_model_in_the_readme(mode_name):
 
 def test_the_rate_is_the_published_one_at_the_published_length():
     found = {}
-    exec(CODE.findall(OWN_MODELS)[1], found)
+    exec(CODE.findall(OWN_MODELS)[-1], found)
     assert found["rate_for"](7.8, 0.01, 391, 200) == pytest.approx(1e-4, rel=0.01)
     assert found["rate_for"](15.6, 0.01, 196, 400) == pytest.approx(1e-4, rel=0.01)
 
