@@ -32,7 +32,7 @@ import quantize
 import utils
 from models import MODELS
 from training import arguments, captured, checkpoints, computing, loops, regimes, tracking
-from training.epoch import Job, describe, finish_epoch, train_epoch
+from training.epoch import Job, describe, facts_of_training, finish_epoch, train_epoch
 from training.evaluation import build_model, evaluate, load_data
 from training.folder import Run, facts_of_machine, log, log_to_terminal
 from training.processes import Processes, here, joined, launch, lost_another, started_by_torchrun, synchronized
@@ -116,6 +116,7 @@ def train(args: Namespace, warnings: list[str], run: Run, device: torch.device, 
     state.processes = processes.share.count
 
     facts = {**facts_of_machine(device), "precision": precision.name, "processes": processes.share.count}
+    facts |= facts_of_training(args, sets, regime, state)
     with processes.first_one_first():
         run.open(facts)
     try:

@@ -32,6 +32,6 @@ quantized "BinaryConnect" --save binaryconnect --lr 0.01 --projection_mode lazy 
 quantized "ProxQuant-ternary" --save proxquant_ternary --lr 0.01 --projection_mode prox_ternary --reg_rate 0.25
 
 echo
-"$PYTHON" scripts/summary.py "$RESULTS_DIR"/{full_precision,proxquant_binary,binaryconnect,proxquant_ternary}
+"$PYTHON" scripts/report.py "$RESULTS_DIR" --out "$RESULTS_DIR/report" --show
 echo
 echo "Look at the curves and at the weights as they split:  $PYTHON -m tensorboard.main --logdir $RESULTS_DIR"

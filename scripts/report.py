@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_note", action="append", default=[], metavar="[NAME=]TEXT",
                         help="said beside the name of the data set, of every one or of NAME; may be repeated")  # fmt: skip
     parser.add_argument("--machine", default="", metavar="TEXT", help="said of the hardware, beside what the runs know of it")
+    parser.add_argument("--show", action="store_true", help="also print how well each group does and how it is quantized")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="the report's text once more, as this file")
     args = parser.parse_args(argv)
     try:
@@ -81,6 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"report.py: error: --out {args.out}: {error.strerror or error}", file=sys.stderr)
         return 1
+    if args.show:
+        print("".join(f"{section.title(note)}\n\n{tables.aligned(tables.level_rows(section))}\n\n" for section in sections), end="")
     counted = sum(len(group.runs) for group in grouped)
     print(f"{args.out / 'report.md'}: {counted} of {len(found)} runs in {len(grouped)} groups")
     return 0

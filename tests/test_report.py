@@ -15,13 +15,14 @@ import torch
 from conftest import ROOT, run_main
 from PIL import Image
 
+import quantize
 from training import checkpoints, tracking
 from training.tasks import IMAGES
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import report
-from reporting import families, groups, pictures, runs, statistics, tables, weights
+from reporting import families, groups, pictures, runs, statistics, tables, text, weights
 
 ERRORS = {
     "lazy": {0: 19.5, 1: 19.1, 2: 19.4, 3: 19.9},
@@ -29,6 +30,7 @@ ERRORS = {
     "prox_ternary": {0: 17.4, 1: 17.9},
 }
 SIGNS = {"lazy": 0.26, "prox": 0.17, "prox_ternary": 0.29}
+HELD_OUT = {"source": "class folders in /a/b", "samples": "images", "training": 45000, "validation": 5000}
 START = 17.32  # best error of the warm start
 T_3 = 3.182446305284263  # Student's t, 97.5%, 3 degrees of freedom, from a textbook's table
 LAYERS = ("conv1.weight", "layer1.0.conv1.weight", "fc.weight")
@@ -43,7 +45,13 @@ def make_run(
                  "lr": rate, "regime": None, "reg_rate": 0.07 if mode and mode != "lazy" else 0.0, "binary_reg": 0.0,
                  "precision": "auto", "results_dir": "results", "data_dir": "/somewhere/private/Datasets", "tb_dir": None,
                  **more}  # fmt: skip
+    quantized = {None: (0, 0), "prox_ternary": (267264, 18)}.get(mode, (268336, 20))
     facts = {
+        "regime": {"0": {"optimizer": "Adam", "lr": rate}, "3": {"lr": rate / 10}},
+        "data": {"source": "class folders in /somewhere/private/CIFAR10", "samples": "images", "training": 50000,
+                 "validation": 10000},
+        "parameters": 272474, "quantized": {"weights": quantized[0], "tensors": quantized[1]},
+        "compiled": True, "captured": False,
         "command": ["/home/someone/secret/main_binary_reg.py", "--save", folder.name, "--data_dir", "/home/someone/secret/Datasets",
                     "--resume=/home/someone/results/fp_run_0", "--model_config", "{'depth': 20}", "--seed", str(seed)],
         "versions": {"python": "3.11.7", "torch": "2.14.1"}, "device": "cpu, 1 threads", "git_revision": "abc1234",
@@ -51,11 +59,7 @@ def make_run(
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "args.json").write_text(json.dumps({"arguments": arguments, **facts}))
-    (folder / "log.txt").write_text(
-        f"2026-01-01 00:00:00 run: x on cpu, bf16 (native), seed {seed}\n"
-        "2026-01-01 00:00:00 data: class folders in /somewhere/private/CIFAR10; 50000 training and 10000 validation images\n"
-        f"2026-01-01 00:00:00 regime: {{0: {{'optimizer': 'Adam', 'lr': {rate}}}, 3: {{'lr': {rate / 10}}}}}\n"
-    )
+    (folder / "log.txt").write_text("")
     table = [row_after(epoch, epochs, mode, error, rate) for epoch in range(1, (epochs if rows is None else rows) + 1)]
     write_rows(folder, table)
     return folder
@@ -73,6 +77,13 @@ def row_after(epoch: int, epochs: int, mode: str | None, error: float, rate: flo
     return row
 
 
+def add_facts(folder: Path, **facts) -> Path:
+    """Puts more into args.json, beside the arguments."""
+    path = folder / "args.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    return folder
+
+
 def write_rows(folder: Path, rows: list[dict]) -> None:
     with open(folder / "results.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, IMAGES.columns, restval="", lineterminator="\n")
@@ -83,13 +94,13 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
 def make_events(folder: Path, continued: bool = False) -> np.ndarray:
     """Histograms as the program writes them: weights that lie evenly at first, some beyond 1, are at the levels at the freeze."""
     start = torch.rand(4000, generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
-    with tracking.Board(folder, 0) as board:
+    with tracking.Board(IMAGES, folder, 0) as board:
         board.add_histograms(dict.fromkeys(LAYERS, start), 0)
         if continued:
             board.add_histograms(dict.fromkeys(LAYERS, start * 0 + 0.3), 3)
         board.add_histograms(dict.fromkeys(LAYERS, start.sign()), 4)
     if continued:  # after epoch 2: what was written of epochs 3 and 4 is of a process that was killed
-        with tracking.Board(folder / "later", 2) as board:
+        with tracking.Board(IMAGES, folder / "later", 2) as board:
             board.add_histograms(dict.fromkeys(LAYERS, start.sign()), 4)
         shutil.move(next((folder / "later").iterdir()), folder / "events.out.tfevents.9999999999.later")
     return start.numpy()
@@ -112,8 +123,7 @@ def study(tmp_path_factory) -> Path:
     make_run(root / "prox_run_4", "prox", 4, 30.0, resume="results/fp_run_0", rate=0.1)
     make_run(root / "lazy_run_5", "lazy", 5, 90.0, rows=2, resume="results/fp_run_0")
     make_run(root / "again" / "lazy", "lazy", 1, 91.0, resume="results/fp_run_0", results_dir="results/again")
-    log = make_run(root / "held_out", "prox", 0, 40.0, holdout=5000) / "log.txt"
-    log.write_text(log.read_text().replace("50000 training and 10000", "45000 training and 5000"))
+    add_facts(make_run(root / "held_out", "prox", 0, 40.0, holdout=5000), data=HELD_OUT)
     make_run(root / "deep" / "er" / "sample_8", "prox", 3, 50.0, dataset="sample", model_config={"depth": 8})
     broken = row_after(2, 3, "prox", 18, 0.01) | {"val_loss": "nan"}
     lost = make_run(root / "not_a_number", "prox", 6, 92.0, epochs=3, rows=1)
@@ -276,9 +286,7 @@ def test_t_quantiles_are_those_of_the_books(degrees, expected):
 
 def test_t_distribution():
     assert statistics.t_quantile(3, 0.99) == pytest.approx(5.841, abs=5e-4)
-    assert statistics.t_within(1.0, 1) == pytest.approx(0.5)  # Cauchy
-    samples = np.random.default_rng(0).standard_t(7, 200_000)
-    assert statistics.t_within(1.5, 7) == pytest.approx(np.mean(np.abs(samples) <= 1.5), abs=0.005)
+    assert statistics.t_quantile(1, 0.5) == pytest.approx(1)  # Cauchy
 
 
 def test_the_text(out, study):
@@ -449,18 +457,45 @@ def test_which_arguments_set_groups_apart(tmp_path, difference, apart):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
+    "facts",
     [
-        ("'lr': 0.01}", "'lr': 0.01, 'weight_decay': 0.1}"),  # typed or not, the arguments can be the same
-        ("50000 training", "45000 training"),
+        # typed or not, the arguments can be the same
+        {"regime": {"0": {"optimizer": "Adam", "lr": 0.01, "weight_decay": 0.1}, "3": {"lr": 0.001}}},
+        {"data": HELD_OUT},
     ],
 )
-def test_what_ran_sets_groups_apart(tmp_path, old, new):
+def test_what_ran_sets_groups_apart(tmp_path, facts):
     first, second = (make_run(tmp_path / name, "prox", seed, 20.0) for seed, name in enumerate("ab"))
-    log = (second / "log.txt").read_text()
-    assert old in log
-    (second / "log.txt").write_text(log.replace(old, new))
+    assert len(collected(first, second)[0]) == 1
+    add_facts(second, **facts)
     assert len(collected(first, second)[0]) == 2
+
+
+def test_old_runs_say_the_same_in_their_log(tmp_path):
+    """Those whose args.json has no such values: one group with the new ones, whose log says nothing here."""
+    new, old = (make_run(tmp_path / name, "prox", seed, 20.0) for seed, name in enumerate("ab"))
+    content = json.loads((old / "args.json").read_text())
+    for name in ("regime", "data", "parameters", "quantized", "compiled", "captured"):
+        del content[name]
+    (old / "args.json").write_text(json.dumps(content))
+    (old / "log.txt").write_text(
+        "2026-01-01 00:00:00 run: x on cpu, fp32, seed 1\n"
+        "2026-01-01 00:00:00 run: x on cpu, bf16, compiled, seed 1\n"  # continued, elsewhere
+        "2026-01-01 00:00:00 data: class folders in /somewhere/private/CIFAR10; 50000 training and 10000 validation images\n"
+        "2026-01-01 00:00:00 network: resnet of depth 20, 272,474 parameters, from results/fp\n"
+        "2026-01-01 00:00:00 regime: {0: {'optimizer': 'Adam', 'lr': 0.01}, 3: {'lr': 0.001}}\n"
+        "2026-01-01 00:00:00 mode: prox (ProxQuant-binary: as ever), 268,336 weights in 20 tensors (98.5%)\n"
+    )
+    first, second = runs.read(new), runs.read(old)
+    for name in ("regime", "data", "parameters", "quantized"):
+        assert getattr(first, name) == getattr(second, name) is not None, name
+    assert (first.computed, second.computed) == ("bf16, compiled", "cpu, bf16, compiled")
+    assert len(collected(new, old)[0]) == 1
+
+
+def test_a_run_that_went_on_elsewhere_says_how_it_ended(tmp_path):
+    folder = add_facts(make_run(tmp_path / "a", "prox", 0, 20.0), continued=[{"compiled": True}, {"compiled": False}])
+    assert runs.read(folder).computed == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -468,8 +503,7 @@ def test_what_ran_sets_groups_apart(tmp_path, old, new):
 )
 def test_facts_set_groups_apart(tmp_path, fact, values, words):
     for name, value in zip("ab", values, strict=True):
-        path = make_run(tmp_path / name, "prox", ord(name), 20.0) / "args.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), fact: value}))
+        add_facts(make_run(tmp_path / name, "prox", ord(name), 20.0), **{fact: value})
     found = collected(tmp_path / "a", tmp_path / "b")[0]
     assert [words in group.schedule for group in found] == [False, True]
 
@@ -525,7 +559,7 @@ def test_pictures_families(tmp_path):
 
 def test_sections_do_not_share_files(tmp_path):
     first, second = (make_run(tmp_path / name, "prox", 0, 20.0) for name in "ab")
-    (second / "log.txt").write_text((second / "log.txt").read_text().replace("50000 training", "45000 training"))
+    add_facts(second, data=HELD_OUT)
     found = tables.sections(collected(first, second)[0])
     assert len({section.slug for section in found}) == 2
 
@@ -623,7 +657,19 @@ def test_no_argument_ends_in_a_traceback(tmp_path, value, monkeypatch):
         path = tmp_path / f"run_{number}" / "args.json"
         content = json.loads(path.read_text())
         content["arguments"][name] = value
-        path.write_text(json.dumps({**content, "command": value, "versions": value, "device": value, "continued": value}))
+        facts = (
+            "command",
+            "versions",
+            "device",
+            "continued",
+            "regime",
+            "data",
+            "parameters",
+            "quantized",
+            "compiled",
+            "warm_start",
+        )
+        path.write_text(json.dumps(content | dict.fromkeys(facts, value)))
     assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     for number in range(len(names)):
         weights.shares(runs.read(tmp_path / f"run_{number}"), "fc.weight", 4)
@@ -674,3 +720,160 @@ def test_what_is_committed_is_not_mixed_with_ones_own_runs(tmp_path):
     kept = {(tmp_path / name).parent for name in committed if name.endswith("args.json")}
     assert {run for run in kept if runs.find(run) == [run]} == kept
     assert {run for folder in (tmp_path / "results").iterdir() if folder != own for run in runs.find(folder)} == kept
+
+
+def test_a_run_that_never_froze_has_no_final_error(tmp_path):
+    """Its seeds are in the tables and pictures, marked, and in no mean, comparison or figure beside the paper's."""
+    never = {"prox_run_0": {"freeze_epoch": 200}, "prox_run_1": {"freeze_epoch": -1}, "prox_run_2": {"freeze_epoch": 6}}
+    folders = [make_run(tmp_path / name, "prox", seed, 11.0, **more) for seed, (name, more) in enumerate(never.items())]
+    folders += [make_run(tmp_path / f"lazy_run_{seed}", "lazy", seed, 20.0 + seed) for seed in range(3)]
+    full_precision = make_run(tmp_path / "fp_run_0", None, 0, 15.0)
+    found, left_out = collected(*folders, full_precision)
+    assert {one.run.folder.name for one in left_out if "it never froze" in one.reason} == set(never)
+    assert [group.finals() != {} for group in found] == [True, True, False, False, False]
+    (section,) = tables.sections(found)
+    assert tables.compare(section) == []  # of those that froze there is one group alone
+    words = tables.error_table(section)
+    assert words.count(f"| {tables.NEVER_FROZE} |") == 3
+    (line,) = (line for line in csv.DictReader(tables.groups_csv([section], lambda name: None).splitlines()) if line["n"] == "3")
+    assert float(line["final_error_mean"]) == pytest.approx(21.5)
+    assert "11.5" not in text.report([section], [[]], [[]], left_out, lambda name: None).split("best epoch")[0]
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out"), "--show"]) == 0
+
+
+def test_one_warm_start_is_claimed_only_of_equal_weights(tmp_path):
+    """The same place may have held other weights: checksums decide, and where there are none the report says so."""
+    start = make_run(tmp_path / "fp_run_0", None, 0, 17.0)
+
+    def make(name, seed, sha256=None, **more):
+        folder = make_run(tmp_path / f"{name}_run_{seed}", "prox", seed, 20.0, resume=str(start))
+        facts = {"path": str(start), "epoch": 6, "score": 83.0, "sha256": sha256, "finished": True, **more}
+        return add_facts(folder, warm_start=facts) if sha256 else folder
+
+    def words(*folders):
+        found = tables.sections(collected(*folders)[0])
+        return [len(section.groups) for section in found], text.caveats(found)
+
+    same = [make("same", 0, "ab" * 32), make("same", 1, "ab" * 32)]
+    assert words(*same)[0] == [1]
+    assert "have one checksum. The spread" in words(*same)[1]
+    other = make("same", 2, "cd" * 32, finished=False, epoch=3)
+    assert words(*same, other)[0] == [2]
+    old = [make("old", 0), make("old", 1)]
+    assert words(*old)[0] == [1]
+    assert "as far as can be known" in words(*old)[1]
+    assert "checksum, or (" in words(*old, *same)[1]
+    (one,) = (one for one in collected(*same, other)[1] if "unfinished" in one.reason)
+    assert one.run.folder == other
+    assert one.reason.startswith(f"it started from {start.parent.name}/fp_run_0, a run that was unfinished then, after 3 epochs")
+
+
+def test_a_method_is_named_with_its_quantizer_and_bits(tmp_path):
+    """Of a mode that this program does not know, too."""
+    for bits, error in ((1, 0.5), (2, 0.2), (3, 0.1)):
+        folder = make_run(tmp_path / f"alt_{bits}_run_0", "prox", 0, 20.0, projection_mode="of_later", bits=bits, by_row=True)
+        rows = [{**row, "quant_error": error} for row in csv.DictReader((folder / "results.csv").read_text().splitlines())]
+        write_rows(folder, rows)
+    make_run(tmp_path / "uniform_run_0", "prox", 0, 20.0, quantizer="uniform", bits=4)
+    found = collected(*runs.find(tmp_path))[0]
+    methods = ["ProxQuant-binary (uniform, 4 bits)", *(f"of_later ({bits}, by row)" for bits in ("1 bit", "2 bits", "3 bits"))]
+    assert [group.method for group in found] == methods
+    (section,) = tables.sections(found)
+    (family,) = families.families(section)
+    assert family.words.startswith("all under one schedule")
+    assert len({(line.colour, line.marker) for line in family.lines}) == 4
+    names = {picture.name for picture in pictures.draw(section, lambda name: None)}
+    assert "cifar10_resnet20_bits" in names
+    lines = list(csv.DictReader(tables.groups_csv([section], lambda name: None).splitlines()))
+    assert [line["bits"] for line in lines] == ["4", "1", "2", "3"]
+    one_of_each = tables.Section(section.groups[:1])
+    assert "cifar10_resnet20_bits" not in {picture.name for picture in pictures.draw(one_of_each, lambda name: None)}
+
+
+def test_no_mode_is_known_by_name():
+    """What the report needs of a mode it asks the mode for: a new one is one row in quantize/."""
+    modes = "|".join(quantize.MODES)
+    for path in (ROOT / "scripts" / "reporting").glob("*.py"):
+        assert not re.findall(rf"[\"'](?:{modes})[\"']", path.read_text()), path
+
+
+def test_learned_levels_are_drawn(tmp_path):
+    folder = make_run(tmp_path / "run", "prox", 0, 20.0)
+    with tracking.Board(IMAGES, folder / "tb", 0) as board:
+        for epoch in range(1, 5):
+            sides = {"positive": 1 + epoch / 10, "negative": 1 - epoch / 10}
+            tags = {f"ternary_value/{layer}/{side}": value for layer in LAYERS for side, value in sides.items()}
+            board._add_scalars(tags, epoch)
+    found = weights.learned_levels(runs.read(folder))
+    assert set(found) == set(LAYERS)
+    for levels in found.values():
+        assert levels["positive"] == pytest.approx({epoch: 1 + epoch / 10 for epoch in range(1, 5)})
+        assert levels["negative"] == pytest.approx({epoch: 1 - epoch / 10 for epoch in range(1, 5)})
+    (section,) = tables.sections(collected(folder)[0])
+    names = {picture.name for picture in pictures.draw(section, lambda name: None)}
+    assert "cifar10_resnet20_own_6_epochs_learned_levels" in names
+
+
+def test_weights_near_their_level_before_the_freeze(tmp_path, capsys):
+    """Counted by hand: the share that the freeze moves by 0.05 at most, in a mode with one level for each sign."""
+    folder = make_run(tmp_path / "run", "lazy", 0, 20.0)
+    latent = {"fc.weight": torch.tensor([0.96, -0.97, 0.9, -0.3]), "conv1.weight": torch.tensor([[1.0, -0.951]])}
+    final = {name: weight.sign() for name, weight in latent.items()}
+    kept = {"state_dict": final | {"fc.bias": torch.ones(9)}, "optimizer": {"latent": latent}}
+    checkpoints.save(folder / "checkpoint_epoch_4.pth.tar", kept)
+    checkpoints.save(folder / checkpoints.LATEST, {"state_dict": final, "start_signs": final})
+    assert weights.near_their_level(runs.read(folder), 0.05) == pytest.approx(4 / 6)
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out"), "--show"]) == 0
+    heads, row = capsys.readouterr().out.splitlines()[2:4]
+    assert [head.strip() for head in re.split(r"  +", heads)][:5] == [
+        "#", "method", "final error %", "quantized weights", "within 0.05 of their level before the freeze"]  # fmt: skip
+    assert re.split(r"  +", row) == ["1", "BinaryConnect", "20.50 (n=1)", "98.5%", "66.7%", "0.400 (n=1)", "0.400 (n=1)"]
+    assert "| 98.5% | 66.7% | 0.400 (n=1) | 0.400 (n=1) |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def make_text_run(folder: Path, mode: str | None, seed: int, perplexity: float, **more) -> Path:
+    """A run of a language model, whose validation perplexity falls to ``perplexity``; on the test data it is 5 lower."""
+    make_run(folder, mode, seed, 0.0, dataset="ptb", model="lstm", model_config={}, **more)
+    rows = []
+    for epoch in range(1, 7):
+        now = perplexity * (7 - epoch)
+        row = {"epoch": epoch, "train_loss": 5.0, "val_loss": math.log(now), "train_ppl": now, "val_ppl": now, "lr": 20.0}
+        if mode:
+            row |= {"val_ppl_bin": "inf" if epoch < 4 else now + 1, "quant_error": 0.3, "sign_change": 0.1, "binary": 0.2}
+        rows.append(row | {"strength": 0.0, "seconds": 1.0, "test_ppl": perplexity - 5 if epoch == 6 else ""})
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return add_facts(folder, data={"source": "ptb in /x/y", "samples": "tokens", "training": 929589, "validation": 73760})
+
+
+def test_perplexity_has_tables_and_pictures_of_its_own(tmp_path):
+    start = make_text_run(tmp_path / "fp_run_0", None, 0, 90.0)
+    for seed in range(3):
+        make_text_run(tmp_path / f"prox_run_{seed}", "prox", seed, 100.0 + seed, resume=str(start))
+        make_text_run(tmp_path / f"lazy_run_{seed}", "lazy", seed, 120.0 - seed**2, resume=str(start))
+    make_run(tmp_path / "images_run_0", "prox", 0, 20.0)
+    assert report.main([str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    words = (tmp_path / "out" / "report.md").read_text()
+    (of_text,) = (part for part in words.split("\n## ") if part.startswith("ptb, LSTM"))
+    assert "Text: ptb; 929589 training and 73760 validation tokens." in of_text
+    assert "final perplexity | test perplexity | best epoch's perplexity" in of_text
+    assert "| 102.00 (1.00, n=3) | 96.00 (1.00, n=3) |" in of_text
+    assert "90.00 (" in of_text
+    assert "+12.00" in of_text  # the gap to the warm start
+    assert "error" not in of_text.replace("quantization error", "")
+    assert {"ptb_lstm_shared_6_epochs_perplexities.png", "cifar10_resnet20_own_6_epochs_errors.png"} <= {
+        path.name for path in (tmp_path / "out").iterdir()
+    }
+    with open(tmp_path / "out" / "report.csv", newline="") as file:
+        lines = {(line["data_set"], line["method"]): line for line in csv.DictReader(file)}
+    line = lines["ptb", "ProxQuant-binary"]
+    assert float(line["final_perplexity_mean"]) == pytest.approx(102)
+    assert float(line["test_perplexity_mean"]) == pytest.approx(96)
+    assert line["final_error_mean"] == ""
+    assert lines["cifar10", "ProxQuant-binary"]["final_perplexity_mean"] == ""
+    with open(tmp_path / "out" / "report_comparisons.csv", newline="") as file:
+        (one,) = (one for one in csv.DictReader(file) if one["quantity"] == "final perplexity")
+    assert float(one["first_minus_second"]) == pytest.approx((100 + 101 + 102 - 120 - 119 - 116) / 3)
+    assert one["verdict"].startswith("ProxQuant-binary")

@@ -55,6 +55,20 @@ def describe(job: Job, state: State) -> None:
         log.debug(f"quantized: {', '.join(latent)}")
 
 
+def facts_of_training(args: Namespace, sets: data.Data, regime: regimes.Regime, state: State) -> dict[str, Any]:
+    """The same as values, for ``args.json``: what a report says of a run, so that it need not understand the log."""
+    latent = state.optimizer.latent.values()
+    return {
+        "regime": regime,
+        "data": {"source": sets.source, "samples": state.task.samples,
+                 "training": sets.train.samples, "validation": sets.validation.samples},
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "quantized": {"weights": sum(weight.numel() for weight in latent), "tensors": len(latent)},
+        "compiled": state.compiled,
+        "captured": args.capture,
+    }  # fmt: skip
+
+
 def train_epoch(job: Job, state: State) -> dict[str, Any]:
     """An epoch's training and validations; returns its row of results."""
     began = time.perf_counter() - state.seconds

@@ -5,14 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import quantize
 from reporting.groups import Group
 from reporting.tables import Section
 
-# Colours of Okabe and Ito, then of Tol, which colour-blind eyes tell apart; markers and lines do in grey print.
-_STYLES = {None: ("#000000", "D", "-"), "lazy": ("#D55E00", "s", "-"), "prox": ("#0072B2", "o", "--"),
-           "prox_ternary": ("#009E73", "^", "-.")}  # fmt: skip
-_MORE_STYLES = (("#CC79A7", "v", ":"), ("#E69F00", "P", "-"), ("#56B4E9", "X", "--"), ("#332288", "h", "-."), ("#999933", "<", ":"),
-                ("#882255", "*", "-"))  # fmt: skip
+# Colours of Okabe and Ito, then of Tol, which colour-blind eyes tell apart; markers and lines do in grey print. Full precision has
+# the first, and each method that of its place in the table of modes, so that it looks alike in every report.
+_STYLES = (("#000000", "D", "-"), ("#D55E00", "s", "-"), ("#0072B2", "o", "--"), ("#009E73", "^", "-."), ("#CC79A7", "v", ":"),
+           ("#E69F00", "P", "-"), ("#56B4E9", "X", "--"), ("#332288", "h", "-."), ("#999933", "<", ":"), ("#882255", "*", "-"),
+           ("#44AA99", ">", "--"), ("#AA4499", "p", "-."), ("#88CCEE", "d", ":"), ("#117733", "8", "-"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def families(section: Section) -> list[Family]:
     by_schedule: dict[str, list[Group]] = {}
     for group in quantized:
         by_schedule.setdefault(group.same_schedule, []).append(group)
-    shared = [groups for groups in by_schedule.values() if _is_comparison({group.mode for group in groups}, quantized)]
+    shared = _comparisons([groups for groups in by_schedule.values() if len({group.method for group in groups}) > 1], quantized)
     found = [("shared", "all under one schedule", groups) for groups in shared]
     rest = sorted((group for group in quantized if not any(group in groups for groups in shared)), key=lambda group: group.epochs)
     while rest:
@@ -70,17 +71,24 @@ def families(section: Section) -> list[Family]:
     return result
 
 
-def _is_comparison(modes: set[str | None], quantized: Sequence[Group]) -> bool:
-    """ProxQuant's two modes can have one schedule by chance: where BinaryConnect was run, a comparison has it too."""
-    return len(modes) > 1 and ("lazy" in modes or all(group.mode != "lazy" for group in quantized))
+def _comparisons(shared: list[list[Group]], quantized: Sequence[Group]) -> list[list[Group]]:
+    """Two methods can have one schedule by chance: they are a comparison only if no method of the section is left without one."""
+    covered = {group.method for groups in shared for group in groups}
+    every = {group.method for group in quantized}
+    return [groups for groups in shared if covered == every or len({group.method for group in groups}) > 2]
+
+
+def style_of(mode: str | None) -> tuple[str, str, str]:
+    """A mode's colour, marker and line."""
+    modes = [None, *quantize.MODES]
+    return _STYLES[modes.index(mode) % len(_STYLES)] if mode in modes else _STYLES[-1]
 
 
 def _lines(groups: Sequence[Group]) -> Iterator[Line]:
-    used: dict[str | None, int] = {}
-    others = iter(_MORE_STYLES * len(groups))
+    used = set()
     for group in groups:
-        alone = sum(other.mode == group.mode for other in groups) == 1
-        again = used.get(group.mode, 0)
-        used[group.mode] = again + 1
-        colour, marker, line = _STYLES[group.mode] if group.mode in _STYLES and not again else next(others)
-        yield Line(group, f"{group.method} (#{group.number})" if not alone else group.method, colour, marker, line)
+        name = f"{group.method} (#{group.number})" if sum(other.method == group.method for other in groups) > 1 else group.method
+        own = style_of(group.mode)
+        style = own if own not in used else next((style for style in reversed(_STYLES) if style not in used), own)
+        used.add(style)
+        yield Line(group, name, *style)

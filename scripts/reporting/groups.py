@@ -12,7 +12,8 @@ from typing import Any
 import data
 import models
 import quantize
-from reporting import runs
+from reporting import runs, weights
+from reporting.measures import Measure
 from reporting.runs import Run
 from reporting.schedules import DATA, PRECISION, PROCESSES, REGIME, STRENGTH, schedule_text, shown
 from reporting.statistics import Spread, spread
@@ -32,8 +33,9 @@ def identity(run: Run) -> dict[str, Any]:
     arguments = {**DEFAULTS, **run.arguments}
     kept = {name: value for name, value in arguments.items() if name not in FREE}
     kept["holdout"] = kept["holdout"] or 0
-    kept["model_config"] = {**kept["model_config"], "depth": depth(run)}
-    kept["resume"] = _place(run, kept["resume"])
+    if run.arguments["model"] == "resnet":
+        kept["model_config"] = {**kept["model_config"], "depth": depth(run)}
+    kept["resume"] = checksum(run) or _place(run, kept["resume"])
     if run.facts.get("precision"):
         kept[PRECISION] = run.facts["precision"]
         del kept["precision"]
@@ -46,14 +48,29 @@ def identity(run: Run) -> dict[str, Any]:
 
 
 def depth(run: Run) -> int:
-    """The network's depth; where the user gave none, the flag's default."""
+    """A residual network's depth; where the user gave none, the flag's default."""
     return run.arguments["model_config"].get("depth", 18 if run.arguments["dataset"] == "imagenet" else 20)
 
 
-def method_of(mode: str | None) -> str:
-    """A method's name as the tables have it."""
+def checksum(run: Run) -> str | None:
+    """That of the weights that a run started from; None where it is not written."""
+    found = run.warm_start.get("sha256")
+    return f"weights {found[:16]}" if isinstance(found, str) else None
+
+
+def label_of(mode: str | None) -> str:
+    """A mode's word in reports."""
     found = quantize.FULL_PRECISION if mode is None else quantize.MODES.get(mode)
-    return found.title.split(":")[0] if found else " ".join(mode.split())
+    return " ".join(mode.split()) if found is None else getattr(found, "label", None) or found.title.split(":")[0]
+
+
+def method_of(run: Run) -> str:
+    """A run's method as the tables have it, with the quantizer that was chosen for it."""
+    label = label_of(run.mode)
+    quantizer, bits, by_row = (run.arguments.get(name) for name in ("quantizer", "bits", "by_row"))
+    chosen = [quantizer, f"{bits} {'bit' if bits == 1 else 'bits'}" if bits else None, "by row" if by_row else None]
+    words = ", ".join(str(word) for word in chosen if word)
+    return f"{label} ({words})" if words else label
 
 
 @dataclass(frozen=True)
@@ -65,8 +82,8 @@ class Group:
         runs: by seed, each seed once.
         identity: what they have in common.
         schedule: that in short words, different from those of the other groups of its section.
-        warm_start: name and best error of the full-precision run that they start from; None for runs that start from none,
-            and no error where it cannot be known.
+        warm_start: name and measure of the full-precision network that they start from; None for runs that start from none,
+            and no measure where it cannot be known.
     """
 
     number: int
@@ -81,7 +98,7 @@ class Group:
 
     @property
     def method(self) -> str:
-        return method_of(self.mode)
+        return method_of(self.runs[0])
 
     @property
     def epochs(self) -> int:
@@ -90,8 +107,22 @@ class Group:
     @property
     def freeze_epoch(self) -> int | None:
         """Epochs before the freeze; None where it never comes."""
-        epoch = self.identity["freeze_epoch"]
-        return epoch if 0 <= epoch < self.epochs else None
+        return self.runs[0].freeze_epoch
+
+    @property
+    def unfrozen(self) -> bool:
+        """True where weights were to be quantized, and were not at the end: there is no final network of the method."""
+        return self.mode is not None and self.freeze_epoch is None
+
+    @property
+    def bits(self) -> int | None:
+        """How many bits a weight has left, where they were chosen."""
+        found = self.identity.get("bits")
+        return found if isinstance(found, int) else None
+
+    @property
+    def measure(self) -> Measure:
+        return self.runs[0].measure
 
     @property
     def seeds(self) -> list[int]:
@@ -118,18 +149,28 @@ class Group:
         )
         return json.dumps([self.identity.get(name) for name in names])
 
-    def final_errors(self) -> dict[int, float]:
-        """By seed: top-1 error in percent after the last epoch, of the hard-quantized network where there is one."""
-        return {run.arguments["seed"]: run.final_error for run in self.runs}
+    def finals(self) -> dict[int, float]:
+        """By seed: the measure after the last epoch, of the hard-quantized network where there is one; nothing if unfrozen."""
+        return {} if self.unfrozen else {run.arguments["seed"]: run.final for run in self.runs}
 
-    def best_errors(self) -> dict[int, float]:
-        """By seed: the lowest error of any epoch."""
-        return {run.arguments["seed"]: run.best_error for run in self.runs}
+    def bests(self) -> dict[int, float]:
+        """By seed: the lowest of any epoch."""
+        return {run.arguments["seed"]: run.best for run in self.runs}
+
+    def tests(self) -> dict[int, float]:
+        """By seed: the measure on the test data, which is taken at the end; nothing where the validation data are those."""
+        column = self.measure.test_column
+        return {} if column is None or self.unfrozen else self.at(self.epochs, column)
 
     def at(self, epoch: int | None, column: str) -> dict[int, float]:
         """By seed: a figure after so many epochs, of the seeds that have it."""
         found = {run.arguments["seed"]: run.at(epoch, column) for run in self.runs} if epoch else {}
         return {seed: value for seed, value in found.items() if value is not None}
+
+    def near_their_level(self, near: float) -> dict[int, float]:
+        """By seed: weights that are at most so far from their level just before the freeze, in percent, where this is kept."""
+        found = {run.arguments["seed"]: weights.near_their_level(run, near) for run in self.runs}
+        return {seed: 100 * share for seed, share in found.items() if share is not None}
 
     def sign_changes(self) -> dict[int, float]:
         """By seed: signs that differ from the start's at the freeze, in percent, mean over the tensors."""
@@ -175,7 +216,7 @@ def collect(found: list[Run]) -> tuple[list[Group], list[LeftOut]]:
               _warm_start(sorted_runs[key][0], found))
         for number, (key, text) in enumerate(zip(order, schedules, strict=True), 1)
     ]  # fmt: skip
-    return groups, left_out + _mismatched(groups)
+    return groups, [*left_out, *_started_from_unfinished(groups), *_never_frozen(groups), *_mismatched(groups)]
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -225,7 +266,7 @@ def _warm_start(run: Run, found: list[Run]) -> tuple[str, float | None] | None:
     if start.problem or section_key(identity(start)) != section_key(identity(run)):
         return runs.short_path(place), None  # of an unfinished run, or on other images: no figure that the run can be held against
     if folder == path or path.name == checkpoints.BEST:
-        return start.name, start.best_error
+        return start.name, start.best
     kept = re.fullmatch(r"checkpoint(?:_epoch_(\d+))?\.pth\.tar", path.name)
     epoch = (int(kept[1]) if kept[1] else start.arguments["epochs"]) if kept else None
     return runs.short_path(place), start.at(epoch, start.score)
@@ -235,6 +276,26 @@ def _family(run: Run) -> tuple[Path, str]:
     """Runs that were started as the seeds of one experiment have one folder and, less their number, one name."""
     folder = run.folder.resolve()
     return folder.parent, re.sub(r"_run_\d+$", "", folder.name)
+
+
+def _never_frozen(groups: list[Group]) -> list[LeftOut]:
+    found = []
+    for group in (group for group in groups if group.unfrozen):
+        flag = f"--freeze_epoch {group.identity['freeze_epoch']} of {group.epochs} epochs"
+        reason = f"it never froze ({flag}): its final network is not quantized, so it has no final {group.measure.name}"
+        found += [LeftOut(run, f"{reason}. In the tables it is group {group.number}") for run in group.runs]
+    return found
+
+
+def _started_from_unfinished(groups: list[Group]) -> list[LeftOut]:
+    found = []
+    for group in groups:
+        for run in (run for run in group.runs if run.warm_start.get("finished") is False):
+            words = f"it started from {shown(run.warm_start.get('path'))}, a run that was unfinished then"
+            epoch = run.warm_start.get("epoch")
+            words += f", after {epoch} epochs" if isinstance(epoch, int) else ""
+            found.append(LeftOut(run, f"{words}. In the tables it is group {group.number}"))
+    return found
 
 
 def _mismatched(groups: list[Group]) -> list[LeftOut]:

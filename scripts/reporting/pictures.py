@@ -15,14 +15,49 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from reporting import weights
-from reporting.families import Family, Line, families
+from reporting.families import Family, Line, families, style_of
+from reporting.groups import label_of
+from reporting.measures import ERROR, PERPLEXITY, Measure
+from reporting.statistics import Spread
 from reporting.tables import Note, Section
 
 plt.rcParams.update({"svg.hashsalt": "proxquant", "text.parse_math": False, "figure.constrained_layout.use": True,
                      "font.size": 11, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True,
                      "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
                      "legend.fontsize": 10})  # fmt: skip
-_TICKS = (0.01, 0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 20, 25, 30, 40, 50, 70, 100)  # percent
+_TICKS = (
+    0.01,
+    0.1,
+    0.2,
+    0.5,
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    10,
+    12,
+    15,
+    20,
+    25,
+    30,
+    40,
+    50,
+    70,
+    100,
+    150,
+    200,
+    300,
+    500,
+    700,
+    1000,
+    2000,
+    5000,
+    10_000,
+)  # percent, or perplexity
 
 
 @dataclass(frozen=True)
@@ -38,10 +73,12 @@ def draw(section: Section, note: Note) -> Iterator[Picture]:
     """All pictures of a section."""
     for family in families(section):
         name, title = f"{section.slug}_{family.name}", f"{textwrap.fill(section.title(note), 90)}\n{family.words}"
+        measure = section.measure
         yield Picture(
-            f"{name}_errors",
-            f"Top-1 error over epochs, hard-quantized and as the weights are (of BinaryConnect the same). {_SEEDS}",
-            _files(_draw_errors(section, family, title)),
+            f"{name}_{measure.plural}",
+            f"{_words(measure).capitalize()} over epochs, hard-quantized and as the weights are (the same where a method takes its "
+            f"gradient at the quantized weights). {_SEEDS}",
+            _files(_draw_measure(section, family, title)),
         )
         if any(len(line.values("binary")[0]) for line in family.lines):
             yield Picture(
@@ -54,6 +91,18 @@ def draw(section: Section, note: Note) -> Iterator[Picture]:
         strips = _draw_strips(family, title)
         if strips:
             yield Picture(f"{name}_weights", strips[1], _files(strips[0]))
+        learned = _draw_learned_levels(family, title)
+        if learned:
+            caption = "Learned levels of each quantized parameter, and their mean over the parameters, of each method's first seed."
+            yield Picture(f"{name}_learned_levels", caption, _files(learned))
+    by_bits = _draw_bits(section, textwrap.fill(section.title(note), 90))
+    if by_bits:
+        caption = "Quantization error just before the freeze by bits: means over the seeds, bars their full range."
+        yield Picture(f"{section.slug}_bits", caption, _files(by_bits))
+
+
+def _words(measure: Measure) -> str:
+    return "top-1 validation error" if measure is ERROR else f"validation {measure.name}"
 
 
 _SEEDS = "Lines are means over the seeds, bands their full range, dotted verticals the freeze."
@@ -90,17 +139,18 @@ def _over_epochs(axes: Axes, family: Family, words: str) -> None:
     _mark_freezes(axes, family)
 
 
-def _draw_errors(section: Section, family: Family, title: str) -> Figure:
+def _draw_measure(section: Section, family: Family, title: str) -> Figure:
     figure, axes = plt.subplots(figsize=(8, 5.4))
+    column = section.measure.column
     for line in family.lines:
         if line.group.mode is None:
-            _curve(axes, line, "val_error1", floor=_TICKS[0])
+            _curve(axes, line, column, floor=_TICKS[0])
             continue
-        _curve(axes, line, "val_error1", floor=_TICKS[0], label=None, linestyle="--", linewidth=1, marker=None)
-        _curve(axes, line, "val_error1_bin", floor=_TICKS[0], linestyle="-")
+        _curve(axes, line, column, floor=_TICKS[0], label=None, linestyle="--", linewidth=1, marker=None)
+        _curve(axes, line, f"{column}_bin", floor=_TICKS[0], linestyle="-")
     starts = {line.group.warm_start for line in family.lines if line.group.warm_start and line.group.warm_start[1] is not None}
     for index, (_, error) in enumerate(sorted(starts)):
-        label = f"warm start, full precision ({error:.2f}%)"
+        label = f"warm start, full precision ({error:.2f}{section.measure.unit.strip()})"
         axes.axhline(error, color="#000000", linewidth=1, linestyle=(0, (1 + 2 * index, 2)), label=label)
     if any(line.group.mode is not None for line in family.lines):
         axes.plot([], [], color="#555555", linewidth=1.8, label="solid: hard-quantized")
@@ -108,10 +158,13 @@ def _draw_errors(section: Section, family: Family, title: str) -> Figure:
     # The hard-quantized network begins near chance and ends points apart: only a logarithmic scale shows both.
     axes.set_yscale("log")
     low, high = axes.get_ylim()
+    if section.measure is PERPLEXITY:  # before the freeze it may be beyond all that a picture can show
+        high = min(high, 40 * low)
+        axes.set_ylim(low, high)
     axes.yaxis.set_major_locator(FixedLocator([tick for tick in _TICKS if low <= tick <= high] or [low, high]))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    _over_epochs(axes, family, "top-1 validation error (%)")
+    _over_epochs(axes, family, _words(section.measure) + (" (%)" if section.measure is ERROR else ""))
     axes.set_title(title)
     figure.legend(loc="outside lower center", ncols=3)
     return figure
@@ -174,6 +227,54 @@ def _draw_strips(family: Family, title: str) -> tuple[Figure, str] | None:
     seeds = sorted({line.group.seeds[0] for line, _ in columns})
     words = f"seed {', '.join(map(str, seeds))}; the scale of shares is each strip's own"
     return figure, f"The latent weights of {layer} from the start to just before the freeze ({words})."
+
+
+def _draw_learned_levels(family: Family, title: str) -> Figure | None:
+    """None where no method learns its levels."""
+    found = [(line, weights.learned_levels(line.group.runs[0])) for line in family.lines]
+    found = [(line, levels) for line, levels in found if levels]
+    if not found:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.9))
+    for line, levels in found:
+        for side in ("positive", "negative"):
+            curves = [sides[side] for sides in levels.values() if sides.get(side)]
+            for curve in curves:
+                axes.plot(curve.keys(), curve.values(), color=line.colour, alpha=0.3, linewidth=0.8)
+            epochs = sorted(set.intersection(*map(set, curves))) if curves else []
+            mean = [sum(curve[epoch] for curve in curves) / len(curves) for epoch in epochs]
+            style = "-" if side == "positive" else "--"
+            axes.plot(epochs, mean, color=line.colour, linestyle=style, linewidth=2, label=f"{line.label}, {side}, mean")
+    _over_epochs(axes, family, "learned level")
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
+def _draw_bits(section: Section, title: str) -> Figure | None:
+    """A line for each mode; None where all groups have one and the same number of bits."""
+    by_mode: dict[str, list[tuple[int, Spread, dict[int, float]]]] = {}
+    for group in section.groups:
+        errors = group.at(group.freeze_epoch, "quant_error")
+        if group.bits is not None and errors:
+            by_mode.setdefault(group.mode, []).append((group.bits, group.spread(errors), errors))
+    if len({bits for points in by_mode.values() for bits, *_ in points}) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.9))
+    for mode, points in by_mode.items():
+        bits, spreads, errors = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+        means = [spread.mean for spread in spreads]
+        low = [mean - min(one.values()) for mean, one in zip(means, errors, strict=True)]
+        high = [max(one.values()) - mean for mean, one in zip(means, errors, strict=True)]
+        colour, marker, line = style_of(mode)
+        axes.errorbar(bits, means, (low, high), color=colour, marker=marker, linestyle=line, capsize=3, label=label_of(mode))
+    axes.set_xlabel("bits of a weight")
+    axes.set_ylabel("quantization error before the freeze ‖w - Q(w)‖ / ‖w‖")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.set_title(title)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
 
 
 def _files(figure: Figure) -> dict[str, bytes]:

@@ -1,16 +1,20 @@
 """Run folders, finished and unfinished, as they are on disk. Whatever a folder holds, reading it ends in a ``Run``."""
 
-import ast
 import csv
 import json
+import logging
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, SCALARS, EventAccumulator
+
+from reporting.facts import from_facts, from_log
+from reporting.measures import ERROR, PERPLEXITY, Measure
 from training import checkpoints
 
 _MARKS = ("args.json", "results.csv", checkpoints.LATEST)  # a folder with one of them is a run's
@@ -18,7 +22,8 @@ KEPT = ".part_of_the_repository"  # marks a folder whose runs are nobody's but t
 _LOST = re.compile(r"(.+_run_\d+)\.out")  # what scripts/seeds.sh keeps of a run's output, beside its folder
 # The arguments without which nothing can be said about a run, and their kinds.
 _NEEDED = {"dataset": str, "model": str, "model_config": dict, "epochs": int, "batch_size": int, "freeze_epoch": int, "seed": int}
-_INDISPENSABLE = ("train_loss", "val_loss", "val_error1")
+
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of restarts, which are as they should be
 
 Row = dict[str, float | None]
 
@@ -30,11 +35,13 @@ class Run:
     Attributes:
         folder: where it lies.
         arguments: those of the command line, as args.json has them.
-        facts: the rest of args.json: command, versions, device, precision, git revision.
+        facts: the rest of args.json: command, versions, device, precision, git revision, what it started from; see ``latest``.
         rows: results.csv as numbers, None where a cell is empty.
-        regime: the regime that the log says was used, None where it says none.
-        data: what the log says about the images, without the place that they were read from.
-        computed: how the log says that the run was computed: device, precision, compiled or not.
+        regime: the regime that was used, None where nothing says it.
+        data: the samples that were read, without the place that they were read from.
+        computed: precision, compiled or not, and what else is known of how the run was computed.
+        parameters: how many the network has.
+        quantized: how many weights in how many tensors are quantized.
         problem: why the run cannot count, None if it can.
     """
 
@@ -45,6 +52,8 @@ class Run:
     regime: dict[int, dict[str, Any]] | None = None
     data: str | None = None
     computed: str | None = None
+    parameters: int | None = None
+    quantized: tuple[int, int] | None = None
     problem: str | None = None
 
     @property
@@ -56,19 +65,44 @@ class Run:
         return self.arguments.get("projection_mode")
 
     @property
-    def score(self) -> str:
-        """The column of the network that is judged: hard-quantized where the run quantizes."""
-        return "val_error1" if self.mode is None else "val_error1_bin"
+    def freeze_epoch(self) -> int | None:
+        """Epochs before the freeze; None where it never comes."""
+        epoch = self.arguments["freeze_epoch"]
+        return epoch if self.mode is not None and 0 <= epoch < self.arguments["epochs"] else None
 
     @property
-    def final_error(self) -> float:
-        """Top-1 error in percent after the last epoch."""
+    def measure(self) -> Measure:
+        return PERPLEXITY if any(row.get(PERPLEXITY.column) is not None for row in self.rows) else ERROR
+
+    @property
+    def score(self) -> str:
+        """The column of the network that is judged: hard-quantized where the run quantizes."""
+        return self.measure.column if self.mode is None else f"{self.measure.column}_bin"
+
+    @property
+    def final(self) -> float:
+        """The measure after the last epoch."""
         return self.rows[-1][self.score]
 
     @cached_property
-    def best_error(self) -> float:
-        """Top-1 error in percent of the epoch with the lowest one, which is the network in model_best.pth.tar."""
+    def best(self) -> float:
+        """The measure of the best epoch, which is the network in model_best.pth.tar."""
         return min(row[self.score] for row in self.rows if row[self.score] is not None)
+
+    @cached_property
+    def board(self) -> EventAccumulator | None:
+        """What TensorBoard has of the run; None where there is nothing."""
+        given = self.arguments.get("tb_dir")
+        places = candidates(self, given) if isinstance(given, str) else [self.folder / "tb"]
+        folder = next((place for place in places if _has_events(place)), None)
+        # What an interrupted process wrote beyond its last checkpoint was trained, and written, again: this reader takes it back.
+        return folder and EventAccumulator(str(folder), size_guidance={HISTOGRAMS: 0, SCALARS: 0}).Reload()
+
+    @property
+    def warm_start(self) -> dict[str, Any]:
+        """What is written of the weights that it started from: path, epoch, score, sha256, finished; empty where nothing is."""
+        found = self.facts.get("warm_start")
+        return found if isinstance(found, dict) else {}
 
     def at(self, epoch: int, column: str) -> float | None:
         """A figure of the row after so many epochs; None where there is none."""
@@ -115,16 +149,15 @@ def read(folder: Path) -> Run:
         return Run(folder, problem="its args.json cannot be read")
     if wrong:
         return Run(folder, problem=f"its args.json is not understood: {wrong}")
-    regime, data, computed = _read_log(folder / "log.txt")
+    run = Run(folder, arguments, content, **{**from_log(folder / "log.txt"), **from_facts(content)})
     try:
-        rows, problem = _read_rows(folder / "results.csv"), None
+        run = replace(run, rows=_read_rows(folder / "results.csv"))
+        return replace(run, problem=_shortcoming(run))
     except FileNotFoundError:
-        rows, problem = (), "no results.csv"
+        return replace(run, problem="no results.csv")
     except (OSError, ValueError, csv.Error) as error:
         reason = error if type(error) is ValueError else "damaged"  # a word of ours, or of whatever failed
-        rows, problem = (), f"its results.csv cannot be read: {reason}"
-    run = Run(folder, arguments, content, rows, regime, data, computed, problem)
-    return run if problem else Run(folder, arguments, content, rows, regime, data, computed, _shortcoming(run))
+        return replace(run, problem=f"its results.csv cannot be read: {reason}")
 
 
 def _wrong_argument(arguments: dict[str, Any]) -> str | None:
@@ -162,11 +195,12 @@ def _shortcoming(run: Run) -> str | None:
     for epoch, row in enumerate(run.rows, start + 1):
         if row.get("epoch") != epoch:
             return f"its results.csv has no line of epoch {epoch} where it should be"
-        for column in _INDISPENSABLE:
+        for column in ("train_loss", "val_loss", run.measure.column):
             if row.get(column) is None:
                 return f"no {column} in epoch {epoch}"
-        # The loss of the hard-quantized network may be beyond all numbers before the freeze: that is the method.
-        broken = [column for column, value in row.items() if column != "val_loss_bin" and not math.isfinite(value or 0)]
+        # Loss and perplexity of the hard-quantized network may be beyond all numbers before the freeze: that is the method.
+        unbound = ("val_loss_bin", f"{PERPLEXITY.column}_bin")
+        broken = [column for column, value in row.items() if column not in unbound and not math.isfinite(value or 0)]
         if broken:
             return f"{broken[0]} is not a number in epoch {epoch}"
     trained = start + len(run.rows)
@@ -179,35 +213,11 @@ def _shortcoming(run: Run) -> str | None:
     return None
 
 
-def _read_log(path: Path) -> tuple[dict[int, dict[str, Any]] | None, str | None, str | None]:
-    """Regime, data and computation as the log has them; of a continued run, as its last process has them."""
+def _has_events(folder: Path) -> bool:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None, None, None
-    lines = {name: re.findall(rf"^\S+ \S+ {name}: (.*)$", text, re.MULTILINE) for name in ("regime", "data", "run")}
-    data = computed = None
-    if lines["data"]:
-        source, _, counts = lines["data"][-1].partition("; ")
-        data = f"{re.sub(r'( in)? [^ ]*/.*$', '', source)}; {counts}"
-    if lines["run"]:
-        match = re.search(r" on (.*), seed \d+$", lines["run"][-1])
-        computed = match[1] if match else None
-    return _regime(lines["regime"][-1]) if lines["regime"] else None, data, computed
-
-
-def _regime(text: str) -> dict[int, dict[str, Any]] | None:
-    try:
-        value = ast.literal_eval(text)
-        json.dumps(value)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
-    sound = isinstance(value, dict) and value and all(isinstance(epoch, int) and _is_settings(value[epoch]) for epoch in value)
-    return value if sound else None
-
-
-def _is_settings(entry: Any) -> bool:
-    return isinstance(entry, dict) and all(isinstance(name, str) for name in entry)
+        return any(folder.glob("events.out.tfevents.*"))
+    except (OSError, ValueError):
+        return False
 
 
 def short_path(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import quantize
 from reporting.runs import Run, short_path
 
 # Names in a group's identity of what ran, beside what was asked for.
@@ -12,16 +11,12 @@ PROCESSES = "processes that trained together"  # whose BatchNorm statistics are 
 
 def schedule_text(run: Run, identity: dict[str, Any]) -> str:
     """Length, freeze, batch size, regime, strength and precision in one line."""
-    epochs, freeze = identity["epochs"], identity["freeze_epoch"]
-    words = [f"{epochs} epochs" + (f" from {identity['start_epoch']}" if identity["start_epoch"] else "")]
+    words = [f"{identity['epochs']} epochs" + (f" from {identity['start_epoch']}" if identity["start_epoch"] else "")]
     if run.mode is not None:
-        words.append(f"freeze {freeze}" if 0 <= freeze < epochs else "no freeze")
+        words.append("no freeze" if run.freeze_epoch is None else f"freeze {run.freeze_epoch}")
     words += [f"batch {identity['batch_size']}", regime_text(run)]
-    mode = quantize.MODES.get(run.mode)
-    if mode and mode.strength_grows:
-        words.append(f"reg_rate {shown(identity['reg_rate'])}")
-    elif mode and (identity[STRENGTH] or [1.0])[0] != 1.0:
-        words.append(f"binary_reg {shown(identity[STRENGTH][0])}")
+    rates = [name for name in ("reg_rate", "binary_reg") if run.mode is not None and identity[name] not in (0, 1)]
+    words += [f"{name} {shown(identity[name])}" for name in rates]
     words += [name for name in ("keep_optimizer_state", "adjust_reg") if identity.get(name)]
     if identity[PROCESSES] != 1:
         words.append(f"{shown(identity[PROCESSES])} processes")

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from scipy.special import stdtrit
+
 CONFIDENCE = 0.95
 ENOUGH = 3  # seeds below which nothing is said about a spread
 
@@ -56,25 +58,5 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Differenc
 
 
 def t_quantile(degrees: int, confidence: float = CONFIDENCE) -> float:
-    """The t with P(|T| <= t) = confidence, for Student's T with a whole number of degrees of freedom; by bisection."""
-    low, high = 0.0, 1.0
-    while t_within(high, degrees) < confidence:
-        high *= 2
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_within(middle, degrees) < confidence else (low, middle)
-    return high
-
-
-def t_within(t: float, degrees: int) -> float:
-    """P(|T| <= t), in the closed form for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = total = cosine if odd else 1.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    if not odd:
-        return sine * total
-    return 2 / math.pi * (angle + (sine * total if degrees > 1 else 0.0))
+    """The t with P(|T| <= t) = confidence, for Student's T."""
+    return float(stdtrit(degrees, (1 + confidence) / 2))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import quantize
 from reporting.groups import Group
+from reporting.measures import ERROR, MEASURES, Measure
 from reporting.schedules import DATA, REGIME
 from reporting.statistics import ENOUGH, Difference, Spread, paired
 
@@ -22,6 +22,8 @@ PAPER: dict[int, tuple[tuple[float, float | None], ...]] = {
     56: ((6.54, None), (7.97, 0.22), (7.70, 0.06), (6.44, None), (6.71, 0.20)),
 }
 NONE = "-"
+NEVER_FROZE = "never froze"
+NEAR = 0.05  # a weight this near to its level counts as settled
 Note = Callable[[str], str | None]  # what is said of a data set beside its name
 
 
@@ -37,20 +39,31 @@ class Section:
         first = self.groups[0].identity
         dataset = first["dataset"] + (f" ({note(first['dataset'])})" if note(first["dataset"]) else "")
         config = dict(first["model_config"])
-        name = {"resnet": "ResNet"}.get(first["model"], first["model"])
-        network = f"{name}-{config.pop('depth')}" + "".join(f", {key} {value}" for key, value in sorted(config.items()))
+        network = {"resnet": "ResNet", "lstm": "LSTM"}.get(first["model"], first["model"])
+        network += f"-{config.pop('depth')}" if "depth" in config else ""
+        network += "".join(f", {key} {value}" for key, value in sorted(config.items()))
         held_out = f", validated on {first['holdout']} training images held out" if first["holdout"] else ""
         return cell(f"{dataset}, {network}{held_out}")
 
     @property
-    def depth(self) -> int:
-        return self.groups[0].identity["model_config"]["depth"]
+    def depth(self) -> int | None:
+        return self.groups[0].identity["model_config"].get("depth")
+
+    @property
+    def measure(self) -> Measure:
+        return self.groups[0].measure
+
+    def head(self, words: str) -> str:
+        """Of a column: ``final`` with the measure's name and unit."""
+        return f"{words} {self.measure.name}{self.measure.unit}"
 
     @property
     def slug(self) -> str:
         """For file names."""
         first = self.groups[0].identity
-        words = f"{first['dataset']}_{first['model']}{self.depth}" + (f"_holdout_{first['holdout']}" if first["holdout"] else "")
+        words = f"{first['dataset']}_{first['model']}{self.depth or ''}" + (
+            f"_holdout_{first['holdout']}" if first["holdout"] else ""
+        )
         words += f"_{self.number}" if self.number > 1 else ""
         return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "_-") else "-" for letter in words)
 
@@ -100,20 +113,21 @@ def sections(groups: Sequence[Group]) -> list[Section]:
 
 
 def compare(section: Section) -> list[Comparison]:
-    """Every pair of quantized groups by their errors, and BinaryConnect with ProxQuant by their changes of signs.
+    """Every pair of groups that were quantized for good by their errors, and two methods by their changes of signs.
 
     Signs are compared between methods that quantize the same layers only: they change in some layers more than in others.
     """
-    pairs = list(itertools.combinations([group for group in section.groups if group.mode is not None], 2))
-    found = [Comparison(b, a, "final error", paired(b.final_errors(), a.final_errors())) for a, b in pairs]
+    pairs = list(itertools.combinations([group for group in section.groups if group.freeze_epoch is not None], 2))
+    found = [Comparison(b, a, f"final {section.measure.name}", paired(b.finals(), a.finals())) for a, b in pairs]
     for a, b in pairs:
-        if a.mode == "lazy" and b.method.startswith("ProxQuant") and _same_layers(a, b):
+        if a.method != b.method and _same_layers(a, b):
             found.append(Comparison(b, a, "sign changes", paired(b.sign_changes(), a.sign_changes())))
     return found
 
 
 def _same_layers(a: Group, b: Group) -> bool:
-    return quantize.MODES[a.mode].select is quantize.MODES[b.mode].select
+    """Of one network: as many weights in as many tensors."""
+    return a.runs[0].quantized is not None and a.runs[0].quantized == b.runs[0].quantized
 
 
 def paper_figure(section: Section, group: Group) -> tuple[float, float | None] | None:
@@ -151,18 +165,23 @@ def mean_std(figure: tuple[float, float | None] | None) -> str:
 
 def error_table(section: Section) -> str:
     """The main table: one row a group."""
-    heads = ("#", "method", "schedule", "final error %", "best epoch's error %", "warm start's error %", "gap to it",
-             "signs changed at the freeze %")  # fmt: skip
+    measure = section.measure
+    tested = any(group.tests() for group in section.groups)
+    heads = ["#", "method", "schedule", section.head("final"), *([section.head("test")] if tested else []),
+             f"best epoch's {measure.name}{measure.unit}", f"warm start's {measure.name}{measure.unit}", "gap to it",
+             "signs changed at the freeze %"]  # fmt: skip
     rows = []
     for group in section.groups:
-        final, best = group.spread(group.final_errors()), group.spread(group.best_errors())
+        final, best = group.spread(group.finals()), group.spread(group.bests())
         start = gap = NONE
         if group.warm_start:
             name, error = group.warm_start
             start = f"{'?' if error is None else f'{error:.2f}'} ({name})"
-            gap = "?" if error is None else f"{final.mean - error:+.2f}"
+            gap = "?" if error is None or final is None else f"{final.mean - error:+.2f}"
         signs = mean_std_n(group.spread(group.sign_changes()), 1)
-        rows.append([group.number, group.method, group.schedule, mean_std_n(final), f"{best.mean:.2f}", start, gap, signs])
+        shown = NEVER_FROZE if group.unfrozen else mean_std_n(final)
+        tests = [mean_std_n(group.spread(group.tests()))] if tested else []
+        rows.append([group.number, group.method, group.schedule, shown, *tests, f"{best.mean:.2f}", start, gap, signs])
     return table(heads, rows)
 
 
@@ -174,8 +193,8 @@ def paper_table(found: Sequence[Section], note: Note) -> str:
         for section in (section for section in found if section.in_paper and section.depth == depth):
             cells = []
             for method in PAPER_METHODS:
-                groups = [group for group in section.groups if group.method == method]
-                figures_of_ours = [f"{mean_std_n(group.spread(group.final_errors()))} #{group.number}" for group in groups]
+                groups = [group for group in section.groups if group.method == method and not group.unfrozen]
+                figures_of_ours = [f"{mean_std_n(group.spread(group.finals()))} #{group.number}" for group in groups]
                 cells.append("; ".join(figures_of_ours) or NONE)
             rows.append([section.title(note), "ours", *cells])
     return table(("network", "whose", *PAPER_METHODS), rows)
@@ -189,20 +208,48 @@ def comparison_table(found: Sequence[Comparison]) -> str:
         mean = NONE if one.difference.mean is None else f"{one.difference.mean:+.2f}"
         names = [f"{group.method} (#{group.number})" for group in (one.first, one.second)]
         rows.append([one.quantity, *names, one.difference.n, mean, interval, one.verdict])
-    return table(("of", "A", "B", "shared seeds", "A - B, points", "95% interval", "verdict"), rows)
+    return table(("of", "A", "B", "shared seeds", f"A - B, {found[0].first.measure.points}", "95% interval", "verdict"), rows)
+
+
+def level_rows(section: Section) -> list[Sequence[Any]]:
+    """Heads and rows: how well each group's final network does, and how much of it is quantized, and how gently."""
+    rows: list[Sequence[Any]] = [("#", "method", section.head("final"), "quantized weights", f"within {NEAR} of their level before "
+                                  "the freeze", "quantization error before the freeze", "and at the end")]  # fmt: skip
+    for group in section.groups:
+        final = NEVER_FROZE if group.unfrozen else mean_std_n(group.spread(group.finals()))
+        run = group.runs[0]
+        weights, parameters = (run.quantized or (0, 0))[0], run.parameters
+        share = f"{weights / parameters:.1%}" if weights and parameters else NONE
+        near = group.spread(group.near_their_level(NEAR))
+        near_words = f"{near.mean:.1f}%" if near else NONE
+        errors = [mean_std_n(group.spread(group.at(epoch, "quant_error")), 3) for epoch in (group.freeze_epoch, group.epochs)]
+        rows.append([group.number, group.method, final, share, near_words, *errors])
+    return rows
+
+
+def level_table(section: Section) -> str:
+    """The same in Markdown; empty where nothing is quantized."""
+    heads, *rows = level_rows(section)
+    return table(heads, rows) if any(group.mode is not None for group in section.groups) else ""
+
+
+def aligned(rows: Sequence[Sequence[Any]]) -> str:
+    """A table for a terminal."""
+    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join("  ".join(str(value).ljust(width) for value, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def sign_table(section: Section) -> str:
-    """Changes of signs, closeness to the levels, and the network just before the freeze, as it was trained until then."""
+    """Changes of signs, distance from ±1, and the network just before the freeze, as it was trained until then."""
     rows = []
     for group in (group for group in section.groups if group.mode is not None):
         end = {seed: 100 * value for seed, value in group.at(group.epochs, "sign_change").items()}
-        columns = [group.at(group.freeze_epoch, name) for name in ("binary", "quant_error")]
         signs = [mean_std_n(group.spread(values), 1) for values in (group.sign_changes(), end)]
-        before = mean_std_n(group.spread(group.at(group.freeze_epoch, "val_error1")))
-        rows.append([group.number, group.method, *signs, *(mean_std_n(group.spread(values), 3) for values in columns), before])
+        distance = mean_std_n(group.spread(group.at(group.freeze_epoch, "binary")), 3)
+        before = mean_std_n(group.spread(group.at(group.freeze_epoch, section.measure.column)))
+        rows.append([group.number, group.method, *signs, distance, before])
     heads = ("#", "method", "signs changed at the freeze %", "and at the end %", "distance from ±1 before the freeze",
-             "quantization error before the freeze", "error before the freeze, weights as they are, %")  # fmt: skip
+             f"{section.measure.name}{section.measure.unit} before the freeze, weights as they are")  # fmt: skip
     return table(heads, rows) if rows else ""
 
 
@@ -211,24 +258,36 @@ def groups_csv(found: Sequence[Section], note: Note) -> str:
     rows = []
     for section in found:
         for group in section.groups:
-            one, paper = group.identity, paper_figure(section, group) or (None, None)
+            one, run, paper = group.identity, group.runs[0], paper_figure(section, group) or (None, None)
             row = {"group": group.number, "data_set": one["dataset"], "data_note": note(one["dataset"]), "data": one[DATA],
                    "holdout": one["holdout"], "model": one["model"], "depth": section.depth, "method": group.method,
-                   "mode": group.mode, "schedule": group.schedule}  # fmt: skip
+                   "mode": group.mode, "bits": group.bits, "parameters": run.parameters,
+                   "quantized": run.quantized and run.quantized[0],
+                   "schedule": group.schedule}  # fmt: skip
             row |= {name: one[name] for name in ("epochs", "freeze_epoch", "batch_size")} | {"regime": one[REGIME]}
             row |= {name: one[name] for name in ("reg_rate", "binary_reg", "keep_optimizer_state", "adjust_reg")}
-            row |= {"precision": group.runs[0].facts.get("precision"), "n": len(group.runs), "seeds": _list(group.seeds)}
-            final = group.spread(group.final_errors())
-            row |= _columns("final_error", final) | {"final_error_half_width_95": final.half_width}
-            row |= {"final_errors": _list(group.final_errors().values())} | _columns(
-                "best_error", group.spread(group.best_errors())
-            )
-            start, error = group.warm_start or (None, None)
-            row |= {"warm_start": start, "warm_start_error": error, "gap": None if error is None else final.mean - error}
+            row |= {"precision": run.facts.get("precision"), "n": len(group.runs), "seeds": _list(group.seeds)}
+            final = group.spread(group.finals())
+            half_width = None if final is None else final.half_width
+            start, warm = group.warm_start or (None, None)
+            gap = None if warm is None or final is None else final.mean - warm
+            row |= {"warm_start": start}
+            for measure in MEASURES:  # each has columns of its own, filled where it is the group's
+                own = measure is section.measure
+                row |= _columns(f"final_{measure.name}", final if own else None)
+                row |= {f"final_{measure.name}_half_width_95": half_width if own else None}
+                row |= {f"final_{measure.plural}": _list(group.finals().values()) if own else None}
+                row |= _columns(f"best_{measure.name}", group.spread(group.bests()) if own else None)
+                row |= {f"warm_start_{measure.name}": warm if own else None}
+                row |= {"gap" if measure is ERROR else f"{measure.name}_gap": gap if own else None}
+                before = group.at(group.freeze_epoch, measure.column) if own else {}
+                row |= _columns(f"{measure.name}_before_freeze", group.spread(before))
+                if measure.test_column:
+                    row |= _columns(f"test_{measure.name}", group.spread(group.tests()) if own else None)
             row |= _columns("sign_change_at_freeze_percent", group.spread(group.sign_changes()))
+            row |= _columns("near_their_level_percent", group.spread(group.near_their_level(NEAR)))
             for name in ("binary", "quant_error"):
                 row |= _columns(f"{name}_before_freeze", group.spread(group.at(group.freeze_epoch, name)))
-            row |= _columns("error_before_freeze", group.spread(group.at(group.freeze_epoch, "val_error1")))
             row |= {"paper_error": paper[0], "paper_std": paper[1], "runs": _list(run.name for run in group.runs)}
             rows.append(row)
     return _csv(rows)

@@ -9,7 +9,8 @@ from typing import Any
 
 from reporting import tables
 from reporting.families import families
-from reporting.groups import Group, LeftOut, method_of
+from reporting.groups import Group, LeftOut, checksum, method_of
+from reporting.measures import ERROR, PERPLEXITY
 from reporting.runs import Run, short_path
 from reporting.statistics import ENOUGH
 from reporting.tables import NONE, Comparison, Note, Section
@@ -24,8 +25,14 @@ _HELD_OUT = (
     "was chosen by these runs was chosen for the methods among them alone: the others have not been tuned."
 )
 _WARM_START = (
-    "All seeds of a group start from the same full-precision network, the epoch of it that was best on the validation images. The "
-    "spread over seeds does not contain the chance in that network."
+    "All seeds of a group start from the same full-precision network, the epoch of it that was best on the validation "
+    "data{how}. The spread over seeds does not contain the chance in "
+    "that network."
+)
+_CHECKED = ": the weights that they began with have one checksum"
+_NOT_CHECKED = ", as far as can be known: they name one place, and their version of the program wrote no checksum"
+_NOT_CHECKED_ALL = (
+    ": their weights have one checksum, or (of an older version of the program, without checksums) they name one place"
 )
 _ASYMMETRY = (
     "The published comparison is not symmetric: BinaryConnect's learning rate decays and ProxQuant's is constant, and ternary runs "
@@ -48,15 +55,16 @@ _PAPER_TABLE = (
     "network after 300 epochs (ternary: 600) from a full-precision network of 200 epochs, 4 runs. Lines of ours are this report's "
     "groups, by number, each with its number of seeds."
 )
-_ERROR_TABLE = (
-    "Top-1 errors in percent on the validation images, mean (standard deviation, n seeds). `0.01 -> 0.001@3`: the rate changes "
-    "when 3 epochs are trained."
+_MEANS = "mean (standard deviation, n seeds). `0.01 -> 0.001@3`: the rate changes when 3 epochs are trained."
+_LEVEL_TABLE = (
+    "How many of the network's weights are quantized; how many of those the freeze moved by no more than "
+    f"{tables.NEAR} (known of runs with `--save_all`); and the relative distance ‖w - Q(w)‖ / ‖w‖ of the latent weights from their "
+    "hard quantization, mean over the layers."
 )
 _ALIKE = "Pairs that differ in the method (and its strength) alone."
 _SIGN_TABLE = (
-    "Signs that differ from the warm start's, distance of the latent weights from ±1, and their relative distance from their hard "
-    "quantization: means over the layers that the method quantizes (ProxQuant-ternary: all but the first and the last), then over "
-    "seeds."
+    "Signs that differ from the warm start's, and distance of the latent weights from ±1: means over the layers that the method "
+    "quantizes (some spare the first and the last), then over seeds."
 )
 _COMMANDS = (
     "The first seed's command of each group; the others differ in `--seed`, `--save` and `--tb_dir`. Of absolute paths the last "
@@ -99,15 +107,21 @@ def answer(
     """What the runs show, in one minute."""
     if not sections:
         return "No run is finished yet: there is nothing to report but the list at the end."
-    parts = ["Top-1 validation error of the final network (hard-quantized where a method quantizes), mean over seeds."]
+    measures = {section.measure for section in sections}
+    names = [words for measure, words in ((ERROR, "top-1 validation error"), (PERPLEXITY, "perplexity")) if measure in measures]
+    parts = [f"{' and '.join(names).capitalize()} of the final network (hard-quantized where a method quantizes), mean over seeds."]
     for section, pairs in zip(sections, comparisons, strict=True):
         paper = ["the paper's: CIFAR-10, 200 epochs, then 300 (ternary: 600); (std of 4 runs)"] if section.in_paper else []
-        heads = ("#", "method", "error %", "how sure", *paper, "schedule")
+        tested = any(group.tests() for group in section.groups)
+        test = [section.head("test")] if tested else []
+        heads = ("#", "method", f"{section.measure.name}{section.measure.unit}", "how sure", *test, *paper, "schedule")
         rows = []
         for group in section.groups:
-            final = group.spread(group.final_errors())
+            final = group.spread(group.finals())
+            mean = tables.NEVER_FROZE if final is None else f"{final.mean:.2f}"
+            test = [tables.mean_std_n(group.spread(group.tests()))] if tested else []
             figure = [tables.mean_std(tables.paper_figure(section, group))] if section.in_paper else []
-            rows.append([group.number, group.method, f"{final.mean:.2f}", doubt(group), *figure, group.schedule])
+            rows.append([group.number, group.method, mean, doubt(group), *test, *figure, group.schedule])
         parts += [f"**{section.title(note)}**", tables.table(heads, rows), _verdicts(section, pairs)]
     if left_out:
         parts.append(f"Left out, or not as it should be: {len(left_out)} of the runs. The last list says which and why.")
@@ -116,8 +130,10 @@ def answer(
 
 def doubt(group: Group) -> str:
     """How far the mean of a group's final errors can be trusted."""
-    errors = group.final_errors()
+    errors = group.finals()
     found = group.spread(errors)
+    if found is None:
+        return "its weights were never quantized for good: nothing to compare"
     if found.n == 1:
         return "1 seed: nothing is known of the spread"
     if found.n < ENOUGH:
@@ -128,7 +144,7 @@ def doubt(group: Group) -> str:
 def _verdicts(section: Section, pairs: Sequence[Comparison]) -> str:
     """Methods against each other inside a picture's family: under one schedule, or each under its own of like length."""
     together = [{line.group.number for line in family.lines} for family in families(section)]
-    chosen = [one for one in pairs if one.first.mode != one.second.mode]
+    chosen = [one for one in pairs if one.first.method != one.second.method]
     chosen = [one for one in chosen if any({one.first.number, one.second.number} <= numbers for numbers in together)]
     if chosen and all(one.difference.n < ENOUGH for one in chosen):
         return f"No two methods share the {ENOUGH} seeds that an interval takes: the differences are in the tables below."
@@ -140,7 +156,7 @@ def _sentence(one: Comparison) -> str:
     names = f"{one.first.method} (#{one.first.number}) - {one.second.method} (#{one.second.number})"
     how = "under one schedule" if one.alike else "each under its own schedule"
     found = one.difference
-    mean = "" if found.mean is None else f"{found.mean:+.2f} points"
+    mean = "" if found.mean is None else f"{found.mean:+.2f} {one.first.measure.points if 'sign' not in one.quantity else 'points'}"
     interval = "" if found.low is None else f" (95%: {found.low:+.2f} to {found.high:+.2f})"
     seeds = f"{found.n} shared {'seed' if found.n == 1 else 'seeds'}"
     return f"{one.quantity}, {how}: {names}: {', '.join(filter(None, (mean + interval, seeds)))}: {one.verdict}"
@@ -149,21 +165,32 @@ def _sentence(one: Comparison) -> str:
 def caveats(sections: Sequence[Section]) -> str:
     """What a reader has to know before he believes the figures; only what holds for these runs."""
     groups = [group for section in sections for group in section.groups]
+    of_images = [group for group in groups if group.measure is ERROR]
+    quantized = any(group.mode is not None for group in of_images)
     holds = {
-        _TEST_SET: any(not group.identity["holdout"] for group in groups),
-        _HELD_OUT: any(group.identity["holdout"] for group in groups),
-        _WARM_START: any(group.warm_start for group in groups),
-        _ASYMMETRY: any(group.mode is not None for group in groups),
-        _BATCH_NORM: any(group.mode is not None for group in groups),
+        _TEST_SET: any(not group.identity["holdout"] for group in of_images),
+        _HELD_OUT: any(group.identity["holdout"] for group in of_images),
+        _WARM_START.format(how=_how_sure_of_the_start(groups)): any(group.warm_start for group in groups),
+        _ASYMMETRY: quantized,
+        _BATCH_NORM: quantized,
         _PAPER: any(section.in_paper for section in sections),
         _INTERVALS: True,
     }
     return "## Before you believe it\n\n" + "\n".join(f"- {words}" for words, holding in holds.items() if holding)
 
 
+def _how_sure_of_the_start(groups: Sequence[Group]) -> str:
+    known = {checksum(run) is not None for group in groups if group.warm_start for run in group.runs}
+    return {(True,): _CHECKED, (False,): _NOT_CHECKED}.get(tuple(known), _NOT_CHECKED_ALL)
+
+
 def _section(section: Section, pairs: Sequence[Comparison], drawn: Sequence[Picture], note: Note) -> str:
-    images = f"Images: {tables.cell(section.data)}."
-    parts = [f"## {section.title(note)}", f"{images} {_ERROR_TABLE}", tables.error_table(section)]
+    words = {ERROR: f"Images: {{}}. Top-1 errors in percent on the validation images, {_MEANS}",
+             PERPLEXITY: f"Text: {{}}. Perplexities a token, lower is better, {_MEANS}"}[section.measure]  # fmt: skip
+    parts = [f"## {section.title(note)}", words.format(tables.cell(section.data)), tables.error_table(section)]
+    levels = tables.level_table(section)
+    if levels:
+        parts += ["### What is quantized, and how gently", _LEVEL_TABLE, levels]
     alike, others = [one for one in pairs if one.alike], [one for one in pairs if not one.alike]
     if alike:
         parts += [
@@ -245,6 +272,6 @@ def _left_out(left_out: Sequence[LeftOut]) -> str:
     rows = []
     for one in left_out:
         arguments = one.run.arguments
-        known = [method_of(one.run.mode), arguments["seed"]] if arguments else [NONE, NONE]
+        known = [method_of(one.run), arguments["seed"]] if arguments else [NONE, NONE]
         rows.append([one.run.name, *known, one.reason])
     return tables.table(("run", "method", "seed", "why"), rows)

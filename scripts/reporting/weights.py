@@ -1,15 +1,13 @@
 """How the weights of a layer lie, from the start of a run to its freeze: out of checkpoints, or out of TensorBoard's events."""
 
-import struct
-from collections.abc import Iterator
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
-from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from reporting.runs import Run, candidates
+from reporting.runs import Run
 from training import checkpoints
 
 EDGES = np.linspace(-1, 1, 41)  # of the bins that are shown
@@ -64,6 +62,22 @@ def _latent(path: Path) -> dict[str, Any]:
         return {}
 
 
+def near_their_level(run: Run, near: float) -> float | None:
+    """Share of the quantized weights that the freeze moved by at most ``near``; None where it is not known.
+
+    It takes the checkpoint just before the freeze, which ``--save_all`` keeps, and the run's last one.
+    """
+    before = run.folder / f"checkpoint_epoch_{run.freeze_epoch}.pth.tar"
+    if not run.freeze_epoch or not before.is_file():
+        return None
+    try:
+        last, latent = checkpoints.read(run.folder / checkpoints.LATEST), _latent(before)
+        moved = [(latent[name] - last["state_dict"][name]).abs() <= near for name in last["start_signs"]]
+        return sum(int(one.sum()) for one in moved) / sum(one.numel() for one in moved)
+    except (checkpoints.UnreadableCheckpoint, KeyError, TypeError, ValueError, RuntimeError, ZeroDivisionError):
+        return None
+
+
 def _layers_of_checkpoint(run: Run) -> list[str]:
     if not any(run.folder.glob("checkpoint_epoch_*.pth.tar")):
         return []
@@ -75,45 +89,23 @@ def _layers_of_checkpoint(run: Run) -> list[str]:
 
 def _histograms(run: Run) -> dict[str, Shares]:
     """By layer: what TensorBoard has."""
-    given = run.arguments.get("tb_dir")
-    places = candidates(run, given) if isinstance(given, str) else [run.folder / "tb"]
-    folder = next((place for place in places if _event_files(place)), None)
     found: dict[str, Shares] = {}
-    for path in _event_files(folder) if folder else []:
-        for event in _events(path):
-            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
-                # What an interrupted process wrote beyond its last checkpoint was trained, and written, again.
-                found = {layer: {e: share for e, share in by.items() if e < event.step} for layer, by in found.items()}
-            for value in event.summary.value:
-                if value.HasField("histo") and value.tag.startswith(_TAG) and (share := _share(value.histo)) is not None:
-                    found.setdefault(value.tag.removeprefix(_TAG), {})[event.step] = share
-    return {layer: by for layer, by in found.items() if by}
+    for tag in run.board.Tags()["histograms"] if run.board else []:
+        by_epoch = {event.step: _share(event.histogram_value) for event in run.board.Histograms(tag)}
+        by_epoch = {epoch: share for epoch, share in by_epoch.items() if share is not None}
+        if tag.startswith(_TAG) and by_epoch:
+            found[tag.removeprefix(_TAG)] = by_epoch
+    return found
 
 
-def _event_files(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.glob("events.out.tfevents.*"))
-    except (OSError, ValueError):
-        return []
-
-
-def _events(path: Path) -> Iterator[Event]:
-    """The events of a file, up to the first damage. A record is its length, a checksum, the event and a checksum."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return
-    place = 0
-    while place + 12 <= len(content):
-        (length,) = struct.unpack_from("<Q", content, place)
-        record = content[place + 12 : place + 12 + length]
-        if len(record) < length:
-            return  # a process was killed while it wrote
-        try:
-            yield Event.FromString(record)
-        except DecodeError:
-            return
-        place += 16 + length
+def learned_levels(run: Run) -> dict[str, dict[str, dict[int, float]]]:
+    """By parameter and side, ``positive`` and ``negative``: the learned level after each epoch; empty where none is learned."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for tag in run.board.Tags()["scalars"] if run.board else []:
+        if match := re.fullmatch(r"ternary_value/(.+)/(positive|negative)", tag):
+            by_epoch = {event.step: event.value for event in run.board.Scalars(tag) if math.isfinite(event.value)}
+            found.setdefault(match[1], {})[match[2]] = by_epoch
+    return found
 
 
 def _share(histogram: Any) -> np.ndarray | None:

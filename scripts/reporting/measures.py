@@ -1,0 +1,28 @@
+"""What networks are judged by: the error of images, the perplexity of text."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What the networks of a task are judged by, on the validation data: the lower the better.
+
+    Attributes:
+        name, plural: for sentences and names of columns.
+        unit: as it follows a head of a table.
+        points: what a difference of two is counted in.
+        column: of results.csv; with ``_bin`` behind it that of the hard-quantized network.
+        test_column: that of the test data, which is filled at the end; None where the validation data are the test data.
+    """
+
+    name: str
+    plural: str
+    unit: str
+    points: str
+    column: str
+    test_column: str | None = None
+
+
+ERROR = Measure("error", "errors", " %", "points", "val_error1")
+PERPLEXITY = Measure("perplexity", "perplexities", "", "of perplexity", "val_ppl", "test_ppl")
+MEASURES = (ERROR, PERPLEXITY)
