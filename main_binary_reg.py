@@ -19,11 +19,11 @@ One network on four GPUs, and on two machines of eight:
 The same command given again continues an unfinished run. ``--help`` explains every flag.
 """
 
+import contextlib
 import functools
 import logging
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 
@@ -31,19 +31,20 @@ import data
 import quantize
 import utils
 from models import MODELS
-from training import arguments, captured, checkpoints, computing, loops, regimes, tracking
+from training import arguments, captured, computing, endings, loops, regimes, tracking, warm_start
 from training.epoch import Job, describe, facts_of_training, finish_epoch, train_epoch
 from training.evaluation import build_model, evaluate, load_data
-from training.folder import Run, facts_of_machine, log, log_to_terminal
-from training.processes import Processes, here, joined, launch, lost_another, started_by_torchrun, synchronized
-from training.state import Diverged, State
+from training.folder import Run, facts_of_machine
+from training.log import log, log_to_terminal, warn
+from training.processes import Processes, here, joined, launch, started_by_torchrun, synchronized
+from training.state import State, computed_before
 from training.tasks import task_of
-from utils import UsageError
+from utils import CannotWrite, UsageError
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0 done, 1 failed, 2 bad input, 128 + n ended by signal n."""
-    processes = here()
+    processes, run = here(), None
     log_to_terminal(logging.INFO if processes.first else logging.ERROR)
     try:
         args, warnings = arguments.parse(
@@ -63,33 +64,16 @@ def main(argv: list[str] | None = None) -> int:
             return launch([__file__, *(sys.argv[1:] if argv is None else argv)], len(args.gpus))
         computing.keep_freed_memory()
         device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed, processes.local)
+        for line in [*warnings, *([warning] if warning else [])]:
+            warn(line)
         with joined(processes, device):
-            return train(args, [*warnings, *([warning] if warning else [])], run, device, processes)
-    except UsageError as error:
-        return _fail(str(error), 2)
-    except Diverged as error:
-        return _fail(f"{error}: stopped, the last good checkpoint is kept; a smaller --lr may help", 1)
-    except loops.Interrupted as interruption:
-        return 128 + interruption.number
-    except KeyboardInterrupt:  # before the first step, with nothing to save
-        return 130
-    except OSError as error:
-        return _fail(f"{error}: stopped, the last good checkpoint is kept", 1)
-    except RuntimeError as error:
-        if "use_deterministic_algorithms" in str(error):
-            return _fail(f"--deterministic: torch cannot do without an operation of another kind ({str(error).split('.')[0]})", 2)
-        if "DataLoader worker" in str(error):
-            return _fail(f"a process that decodes images is gone ({error}): stopped, the last good checkpoint is kept", 1)
-        if not (processes.several and lost_another(error)):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        return _fail(f"another process of this run cannot be reached ({reason}): stopped, the last good checkpoint is kept", 1)
+            return train(args, run, device, processes)
+    except (Exception, KeyboardInterrupt) as error:
+        return endings.status_of(error, run, processes)
 
 
-def train(args: Namespace, warnings: list[str], run: Run, device: torch.device, processes: Processes) -> int:
+def train(args: Namespace, run: Run, device: torch.device, processes: Processes) -> int:
     """One run, from its first epoch, or the one that it is continued in, to its last."""
-    for line in warnings:
-        log.warning(f"warning: {line}")
     if args.deterministic:
         computing.be_deterministic()
     precision = computing.select_precision(args.precision, device, args.tf32)
@@ -98,9 +82,7 @@ def train(args: Namespace, warnings: list[str], run: Run, device: torch.device, 
     model = build_model(args.model, args.dataset, args.model_config, sets.classes).to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = synchronized(model, device)
-    if args.resume and run.state is None:
-        path = checkpoints.locate(Path(args.resume))
-        checkpoints.load_weights(model, checkpoints.read(path), path)
+    started_from = warm_start.load(model, args.resume, task) if args.resume and run.checkpoint is None else None
 
     mode = quantize.MODES.get(args.projection_mode, quantize.FULL_PRECISION)
     regime = regimes.resolve_regime(args, model.regime, projected=args.projection_mode is not None)
@@ -110,28 +92,26 @@ def train(args: Namespace, warnings: list[str], run: Run, device: torch.device, 
     optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode, capturable=args.capture)
     start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
     meter, carried = task.meter(device, processes.total), task.carried(model, sets.train)
-    state = State(task, model, optimizer, start_signs, meter, carried, args.start_epoch)
-    steps = (args.epochs - args.start_epoch) * len(sets.train)
-    state.compiled = computing.select_compile(args.compile, device, steps)
-    state.processes = processes.share.count
+    state = State(task, model, optimizer, start_signs, meter, carried, args.start_epoch, warm_start=started_from)
+    compiled = computing.select_compile(args.compile, device, steps=(args.epochs - args.start_epoch) * len(sets.train))
 
-    facts = {**facts_of_machine(device), "precision": precision.name, "processes": processes.share.count}
-    facts |= facts_of_training(args, sets, regime, state)
     with processes.first_one_first():
-        run.open(facts)
+        run.open()
     try:
-        if run.state is not None:
-            state.restore(run.state, regime)
+        facts, before = facts_of_machine(device), {}
+        if run.checkpoint is not None:
+            state.restore(run.checkpoint, regime)
+            before = computed_before(run.checkpoint)
             log.info(f"{run.folder}: continuing in epoch {state.epoch + 1}, after step {state.step}/{len(sets.train)}")
-            if run.state.get("processes", 1) != state.processes:
-                log.warning(
-                    f"warning: {run.state.get('processes', 1)} processes before, {state.processes} now: sums round differently"
-                )
             if not processes.first:
                 state.meter.reset()  # the first one has the counts of all
         if not processes.alike(state.epoch, state.step):
             raise UsageError(f"--results_dir: the processes do not all see the same {run.folder}; several machines must share it")
-        network = computing.CompiledNetwork(model, task.length(sets.train)) if state.compiled else model
+        precision, state.computed, warnings = computing.decide(precision, compiled, args, facts["device"], before, processes)
+        for line in warnings:
+            warn(line)
+        run.record({**facts, **facts_of_training(args, sets, regime, state)})
+        network = computing.CompiledNetwork(model, task.length(sets.train)) if state.computed["compile"] == "on" else model
         captured_step = None
         if args.capture:
             regimes.make_capturable(optimizer.base_optimizer, device)
@@ -139,31 +119,30 @@ def train(args: Namespace, warnings: list[str], run: Run, device: torch.device, 
             captured_step = captured.CapturedStep(step, optimizer, task.length(sets.train))
         job = Job(args, run, sets, mode, regime, device, precision, processes, network, captured_step, loops.StopSignals())
         describe(job, state)
-        tb_dir = Path(args.tb_dir) if args.tb_dir else run.folder / "tb"
-        purged_from = 0 if run.state is None else state.epoch + 1
-        with tracking.Board(task, tb_dir if processes.first else None, purged_from) as board:
-            if run.state is None:
+        purged_from = 0 if run.checkpoint is None else state.epoch + 1
+        with tracking.Board(task, run.tb_dir if processes.first else None, purged_from) as board:
+            if run.checkpoint is None:
                 board.add_start(args, optimizer.latent, state.epoch)
             run.write_results(state.history)
             while state.epoch < args.epochs:
                 try:
                     row = train_epoch(job, state)
                 except loops.Interrupted as interruption:
-                    run.save_state(state.checkpoint(args))
+                    run.save_checkpoint(state.checkpoint(args))
                     named = "" if args.save else f" with --save {run.folder.name}"
                     words = f"saved after step {state.step}: the same command{named} continues"
                     log.info(f"{interruption} in epoch {state.epoch + 1}, {words}")
                     raise
                 finish_epoch(job, state, row, board)
         log.info(f"{run.folder}: done, {task.best_in_words(state.best)}")
+    except Exception as error:
+        if not isinstance(error, loops.Interrupted):
+            with contextlib.suppress(CannotWrite):
+                log.debug("stopped", exc_info=True)  # in the run's log, which the terminal's one line may outlive
+        raise
     finally:
         run.close()
     return 0
-
-
-def _fail(message: str, status: int) -> int:
-    print(f"main_binary_reg.py: error: {message}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

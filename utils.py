@@ -1,8 +1,9 @@
 """What every part may know and is small: the user's error, files that are whole or not there, the device, the seeds, counting."""
 
+import contextlib
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +14,23 @@ from torch import Tensor
 
 class UsageError(Exception):
     """Bad input, said in one line that names the option or file, what it holds and what would be accepted."""
+
+
+class CannotWrite(Exception):
+    """A file of the run that cannot be written: why, and which."""
+
+    def __init__(self, path: Path | str, error: BaseException | None) -> None:
+        reason = getattr(error, "strerror", None) or error
+        super().__init__(f"{reason}: {getattr(error, 'filename', None) or path}")
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A context in which a file that cannot be written raises CannotWrite; ``path`` is named where the system names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotWrite(path, error) from error
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

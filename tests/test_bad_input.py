@@ -32,6 +32,8 @@ CASES = [
     (["--lr", "inf"], ["--lr", "inf"]),
     (["--reg_rate", "-0.1", "--projection_mode", "prox"], ["--reg_rate", "-0.1"]),
     (["--reg_rate", "nan"], ["--reg_rate", "nan"]),
+    (["--projection_mode", "prox"], ["--projection_mode prox", "--reg_rate is needed", "--reg_rate 0"]),
+    (["--projection_mode", "prox_ternary", "--binary_reg", "1"], ["--reg_rate is needed"]),
     (["--epochs", "-3"], ["--epochs", "-3"]),
     (["--epochs", "2.5"], ["--epochs", "2.5"]),
     (["--epochs"], ["--epochs"]),
@@ -66,6 +68,7 @@ CASES = [
     (["--dataset", "cifar10", "--data_dir", "no_class"], ["no_class", "airplane"]),
     (["--dataset", "imagenet", "--data_dir", "empty"], ["empty", "train/<class>"]),
     (["--results_dir", "text.pth.tar"], ["--results_dir", "text.pth.tar"]),
+    (["--tb_dir", "text.pth.tar"], ["--tb_dir", "text.pth.tar"]),
 ]
 
 
@@ -119,7 +122,7 @@ def test_one_line_and_status_two(folder, arguments, named):
         (["--projection_mode", "prox", "--reg_rate", "1", "--freeze_epoch", "5"], "--freeze_epoch 5 is beyond --epochs"),
         (["--projection_mode", "lazy", "--reg_rate", "0.1"], "--reg_rate has no effect"),
         (["--projection_mode", "prox", "--reg_rate", "1", "--binary_reg", "1"], "--binary_reg has no effect"),
-        (["--projection_mode", "prox"], "--reg_rate is 0"),
+        (["--projection_mode", "prox", "--reg_rate", "0"], "--reg_rate is 0"),
         (["--reg_rate", "1"], "--reg_rate has no effect"),
     ],
 )

@@ -52,7 +52,20 @@ def test_command(command, folder, tiny_data):
     for flag in {"--evaluate", "--resume"} & set(words):
         needed = Path(words[words.index(flag) + 1])
         if not (folder / needed).exists():  # this test runs on its own, without those before it
-            run_main(*SHORT, "--save", needed.name, "--epochs", 1, "--data_dir", tiny_data, "--projection_mode", "prox", cwd=folder)
+            run_main(
+                *SHORT,
+                "--save",
+                needed.name,
+                "--epochs",
+                1,
+                "--data_dir",
+                tiny_data,
+                "--projection_mode",
+                "prox",
+                "--reg_rate",
+                1,
+                cwd=folder,
+            )
     done = run_main(*words, cwd=folder)
     assert ("hard-quantized: loss" if "--evaluate" in words else "done, best error") in done.stdout
 

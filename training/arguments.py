@@ -15,6 +15,22 @@ continues an unfinished run when the same command is given again."""
 
 
 _NOT_TYPED = object()
+# What changes no number: where things lie, what is kept and shown, and who decodes. A run may be continued with others.
+CHANGES_NO_NUMBER = frozenset(
+    {
+        "results_dir",
+        "save",
+        "overwrite",
+        "data_dir",
+        "tb_dir",
+        "save_all",
+        "gpus",
+        "workers",
+        "print_freq",
+        "checkpoint_minutes",
+        "evaluate",
+    }
+)
 DERIVED = {"typed", "rate"}  # what parsing adds to the arguments: no flags of their own
 
 
@@ -153,7 +169,7 @@ def build_parser(
     add("--projection_mode", type=_word_from(modes), metavar="MODE",
         help="; ".join(f"{name}: {mode.title}" for name, mode in modes.items()) + " (default: none, full precision)")  # fmt: skip
     add("--reg_rate", type=_RATE, default=0.0, metavar="R",
-        help="prox, prox_ternary: strength of a step's proximal operator is lr * R * epoch (default: 0)")  # fmt: skip
+        help="prox, prox_ternary: strength of a step's proximal operator is lr * R * epoch (needed there; default: 0)")  # fmt: skip
     add("--binary_reg", type=_RATE, default=0.0, metavar="S", help="lazy: strength of the projection, 1 is the sign (default: 1)")
     add("--adjust_reg", action="store_true", help="multiply the strength by (initial learning rate / current one)")
     add("--freeze_epoch", type=_number(int, lambda v: -1 <= v < 2**31, "a whole number from 0 up, or -1"), default=-1, metavar="N",
@@ -241,6 +257,11 @@ def check(args: argparse.Namespace, mode: Any) -> list[str]:
     used, unused = ("reg_rate", "binary_reg") if mode.strength_grows else ("binary_reg", "reg_rate")
     if unused in args.typed:
         warnings.append(f"--{unused} has no effect with --projection_mode {mode.name}, which takes --{used}")
+    if used not in args.typed and not mode.default_rate:
+        raise UsageError(
+            f"--projection_mode {mode.name}: --{used} is needed, nothing would pull the weights to their quantization; "
+            f"--{used} 0 is accepted where that is meant"
+        )
     args.rate = getattr(args, used) if used in args.typed else mode.default_rate
     if args.rate == 0:
         warnings.append(f"--{used} is 0: nothing pulls the weights to their quantization with --projection_mode {mode.name}")

@@ -1,5 +1,6 @@
 """Checkpoint files: written whole, read as tensors and plain values only."""
 
+import hashlib
 import io
 import math
 import pickle
@@ -56,6 +57,17 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UnreadableCheckpoint(f"{path}: not a checkpoint, it has no state_dict")
     return content
+
+
+def sha256_of_weights(content: dict[str, Any]) -> str:
+    """Of a checkpoint's ``state_dict``: names without ``module.``, kinds, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    weights = {name.removeprefix("module."): value for name, value in content["state_dict"].items() if isinstance(name, str)}
+    for name, value in sorted(weights.items()):
+        plain = value.detach().cpu().contiguous(memory_format=torch.contiguous_format)
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}\0".encode())
+        digest.update(plain.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def not_finite(content: dict[str, Any]) -> str | None:

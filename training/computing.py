@@ -5,13 +5,16 @@ import ctypes
 import logging
 import os
 import shutil
-from dataclasses import dataclass
+from argparse import Namespace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from training import batch_norm
+from training.processes import Processes
 from utils import UsageError
 
 
@@ -86,6 +89,47 @@ def select_compile(requested: str, device: torch.device, steps: int) -> bool:
     )
 
 
+def decide(
+    precision: Precision, compiled: bool, args: Namespace, place: str, before: dict[str, Any], processes: Processes
+) -> tuple[Precision, dict[str, Any], list[str]]:
+    """How a run is computed, the same in all its processes and to its end, and warnings about what differs from before.
+
+    Args:
+        precision, compiled: what ``select_precision`` and ``select_compile`` say of this machine.
+        args: ``precision`` and ``compile``, which may be ``auto``.
+        place: the device in words.
+        before: the values of this function in the checkpoint that is continued from, or none.
+        processes: that train together.
+
+    Returns:
+        The precision; ``precision``, ``compile`` (on or off), ``device`` (its type), ``place`` and ``processes``, which belong to
+        the checkpoint; and the warnings.
+    """
+    exact, eager = processes.largest(int(precision.name == "fp32"), int(not compiled))
+    warnings = []
+    if args.precision == "auto":
+        here = precision.name
+        if exact and here == "bf16":
+            precision = replace(precision, name="fp32", reason="another process of this run has no native bf16")
+        if before.get("precision", precision.name) != precision.name:
+            precision = replace(precision, name=before["precision"], reason="as the run was begun")
+            warnings.append(f"continued in {precision.name}, as the run was begun; auto on this machine would be {here}")
+    compiled = compiled and not eager
+    if args.compile == "auto" and "compile" in before:
+        compiled = before["compile"] == "on"
+    computed = {
+        "precision": precision.name,
+        "compile": "on" if compiled else "off",
+        "device": precision.device_type,
+        "place": place,
+        "processes": processes.share.count,
+    }
+    for name, words in (("place", "on {}"), ("processes", "{} processes")):
+        if before.get(name, computed[name]) != computed[name]:
+            warnings.append(f"{words.format(before[name])} before, {words.format(computed[name])} now: sums round differently")
+    return precision, computed, warnings
+
+
 class CompiledNetwork(nn.Module):
     """A network's training forward pass, compiled for one batch size; batches of another size go through the network itself.
 
@@ -113,7 +157,10 @@ def keep_freed_memory() -> None:
     Does nothing on other C libraries.
     """
     trim_threshold, mmap_threshold = -1, -3  # glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD
-    with contextlib.suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 30)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return
+    # Older ones refuse more than 32 MiB. Where both are refused nothing else may be set: any setting ends glibc's own adjustment.
+    if mallopt(mmap_threshold, 1 << 30) or mallopt(mmap_threshold, 32 << 20):
+        mallopt(trim_threshold, 2**31 - 1)

@@ -13,7 +13,8 @@ import data
 import quantize
 from training import captured, loops, regimes, tracking
 from training.computing import Precision
-from training.folder import Run, log
+from training.folder import Run
+from training.log import log
 from training.processes import Processes
 from training.state import State
 
@@ -39,7 +40,7 @@ def describe(job: Job, state: State) -> None:
     """What is about to run, in the log."""
     args, sets = job.args, job.sets
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    computed = f"{job.precision.name} ({job.precision.reason}){', compiled' if state.compiled else ''}"
+    computed = f"{job.precision.name} ({job.precision.reason}){', compiled' if state.computed['compile'] == 'on' else ''}"
     computed += ", captured" if job.captured_step else ""
     place = f"{job.processes.share.count} processes, the first on {job.device}" if job.processes.several else str(job.device)
     log.info(f"run: {job.run.folder} on {place}, {computed}, seed {args.seed}")
@@ -64,8 +65,11 @@ def facts_of_training(args: Namespace, sets: data.Data, regime: regimes.Regime, 
                  "training": sets.train.samples, "validation": sets.validation.samples},
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "quantized": {"weights": sum(weight.numel() for weight in latent), "tensors": len(latent)},
-        "compiled": state.compiled,
+        "precision": state.computed["precision"],
+        "processes": state.computed["processes"],
+        "compiled": state.computed["compile"] == "on",
         "captured": args.capture,
+        "warm_start": state.warm_start,
     }  # fmt: skip
 
 
@@ -120,7 +124,7 @@ def between_steps(job: Job, state: State, progress: loops.Progress) -> None:
     progress.step()
     job.stop.answer(number)
     if due:
-        job.run.save_state(state.checkpoint(job.args))
+        job.run.save_checkpoint(state.checkpoint(job.args))
         log.debug(f"saved after step {state.step}")
 
 
@@ -178,7 +182,7 @@ def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Bo
     board.flush()
     words = f"{state.task.epoch_in_words(row)}, lr {row['lr']:g}, strength {row['strength']:g}, {row['seconds']:.1f} s"
     log.info(f"epoch {state.epoch}/{args.epochs}: {words}")
-    job.run.save_state(state.checkpoint(args), keep=args.save_all)
+    job.run.save_checkpoint(state.checkpoint(args), keep=args.save_all)
     job.run.write_results(state.history)
 
 

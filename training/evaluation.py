@@ -14,7 +14,7 @@ import quantize
 from models import MODELS
 from training import checkpoints, loops
 from training.computing import select_precision
-from training.folder import log
+from training.log import log
 from training.processes import ALONE, Processes
 from training.tasks import task_of
 from utils import UsageError, select_device

@@ -5,7 +5,6 @@ import csv
 import fcntl
 import io
 import json
-import logging
 import os
 import platform
 import shutil
@@ -13,6 +12,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,21 +20,23 @@ from typing import Any
 import torch
 
 from training import checkpoints
-from training.arguments import DERIVED
+from training.arguments import CHANGES_NO_NUMBER, DERIVED
+from training.log import LogFile, log, warn, warnings_so_far
+from training.state import NETWORK_KEYS, computed_before
 from training.tasks import task_of
-from utils import UsageError, write_text
+from utils import UsageError, write_text, writing
 
-# What may differ between a run and its continuation: where the folder lies, and what changes no number.
-_FREE = {"results_dir", "save", "overwrite", "gpus", "workers", "print_freq", "checkpoint_minutes", "evaluate"}
-
-log = logging.getLogger("proxquant")
+# What a machine decides where the flag is "auto": the checkpoint has what was decided, and a continuation keeps to it.
+_DECIDED = ("compile", "device", "precision")
 
 
-class _LogFile(logging.FileHandler):
-    """A log file whose failures, a full disk say, are the run's and not a traceback on the terminal."""
+@dataclass(frozen=True)
+class _Found:
+    """What a look into a run's folder found: how its arguments differ, its latest good checkpoint, and which files these were."""
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        raise  # the error that the logging is handling just now
+    differing: tuple[str, ...] = ()
+    checkpoint: dict[str, Any] | None = None
+    files: tuple[Any, ...] = ()
 
 
 class Run:
@@ -42,7 +44,6 @@ class Run:
 
     Attributes:
         folder: where it lies; made by ``open``.
-        state: the latest good checkpoint's content where the run is continued, else None.
         saved_at: monotonic time of the last checkpoint, or of the start.
         writes: False in all but one of several processes: then nothing is written, made or locked here.
     """
@@ -54,48 +55,81 @@ class Run:
             UsageError: if the folder holds a run of other arguments, or cannot be written.
         """
         self._arguments = _comparable(args)
-        self._columns = task_of(args.dataset).columns
+        self._task = task_of(args.dataset)
         self._overwrite, self._typed = args.overwrite, args.typed
         self._named = args.save is not None
         results = Path(args.results_dir)
         self.folder = results / (args.save or time.strftime("%Y-%m-%d_%H-%M-%S"))
-        self.state: dict[str, Any] | None = None
         self.saved_at = time.monotonic()
         self.writes = writes
+        self._tb_dir = args.tb_dir
         self._lock: int | None = None
-        _check_writable(self.folder if self._named else results)
-        if self._named:
-            self._look()
+        self._log: LogFile | None = None
+        _check_writable("--results_dir", self.folder if self._named else results)
+        if args.tb_dir:
+            _check_writable("--tb_dir", Path(args.tb_dir))
+        self._found = self._look(_Found()) if self._named else _Found()
 
-    def _look(self) -> None:
-        self._differing = self._compare()
-        if self._differing and not self._overwrite:
+    @property
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The latest good checkpoint's content where the run is continued, else None."""
+        return self._found.checkpoint
+
+    @property
+    def kept(self) -> bool:
+        """True where there is a checkpoint to go back to."""
+        return any((self.folder / name).exists() for name in (checkpoints.LATEST, checkpoints.PREVIOUS))
+
+    @property
+    def tb_dir(self) -> Path:
+        """The folder of the TensorBoard events."""
+        return Path(self._tb_dir) if self._tb_dir else self.folder / "tb"
+
+    def _look(self, before: _Found) -> _Found:
+        """Compares the arguments, and reads the checkpoint unless it is the one that was found before.
+
+        Raises:
+            UsageError: if it is a run of other arguments, or none of its checkpoints can be read, and may not be overwritten.
+        """
+        old = self._read_arguments()
+        differing = [old] if isinstance(old, str) else self._compare(old)
+        content, files = None, tuple(map(_stamp, self._checkpoints()))
+        if not differing:
+            content = before.checkpoint if files == before.files else self._read_checkpoint()
+        if content is not None:
+            decided = computed_before(content)
+            differing = self._compare({**old, **{name: decided[name] for name in _DECIDED if name in decided}})
+        if differing and not self._overwrite:
             raise UsageError(
-                f"--save {self.folder.name}: {self.folder} holds a run of other arguments ({'; '.join(self._differing)}); "
-                "choose another name, or --overwrite to start anew"
+                f"--save {self.folder.name}: {self.folder} holds a run of other arguments ({'; '.join(differing)}); "
+                f"choose another name, or --overwrite, {self._loss()}"
             )
-        if not self._differing:
-            self.state = self._read_state()
+        return _Found(tuple(differing), None if differing else content, files)
 
-    def _compare(self) -> list[str]:
-        path = self.folder / "args.json"
+    def _read_arguments(self) -> dict[str, Any] | str:
+        """The arguments of the run that is there, none where there is no run; or why they cannot be known."""
         try:
-            old = json.loads(path.read_text())["arguments"]
+            return dict(json.loads((self.folder / "args.json").read_text())["arguments"])
         except FileNotFoundError:
-            left = any((self.folder / name).exists() for name in (checkpoints.LATEST, checkpoints.PREVIOUS))
-            return ["no args.json, but a checkpoint"] if left else []
+            return "no args.json, but a checkpoint" if self.kept else {}
         except (ValueError, KeyError, TypeError, OSError):
-            return ["its args.json cannot be read"]
+            return "its args.json cannot be read"
+
+    def _compare(self, old: dict[str, Any]) -> list[str]:
+        """In words, where arguments differ in a way that makes another run of it."""
+        if not old:
+            return []
         # A flag that is newer than the run counts only where the user typed it.
-        names = sorted((set(old) | (set(self._arguments) & self._typed)) - _FREE)
-        differing = [name for name in names if old.get(name) != self._arguments.get(name)]
-        if "epochs" in differing and isinstance(old.get("epochs"), int) and old["epochs"] < self._arguments["epochs"]:
-            differing.remove("epochs")  # a run may be made longer when it is continued
+        both = sorted((set(old) | (set(self._arguments) & self._typed)) - CHANGES_NO_NUMBER)
+        differing = [name for name in both if not _agree(name, old.get(name), self._arguments.get(name))]
         return [f"--{name} {old.get(name)} there, {self._arguments.get(name)} here" for name in differing]
 
-    def _read_state(self) -> dict[str, Any] | None:
+    def _checkpoints(self) -> list[Path]:
+        return [self.folder / name for name in (checkpoints.LATEST, checkpoints.PREVIOUS) if (self.folder / name).exists()]
+
+    def _read_checkpoint(self) -> dict[str, Any] | None:
         """The latest checkpoint that can be read; a damaged one is said and passed over. None where the run has none yet."""
-        paths = [self.folder / name for name in (checkpoints.LATEST, checkpoints.PREVIOUS) if (self.folder / name).exists()]
+        paths = self._checkpoints()
         for path in paths:
             try:
                 content = checkpoints.read(path)
@@ -106,52 +140,90 @@ class Run:
                     raise checkpoints.UnreadableCheckpoint(f"{path}: {broken} is not finite")
                 return content
             except checkpoints.UnreadableCheckpoint as error:
-                log.warning(f"warning: {error}; looking for an older one")
+                warn(f"{error}; looking for an older one")
         if paths and not self._overwrite:
-            raise UsageError(f"--save {self.folder.name}: no checkpoint in {self.folder} can be read; --overwrite starts anew")
+            raise UsageError(
+                f"--save {self.folder.name}: no checkpoint in {self.folder} can be read; --overwrite starts anew, {self._loss()}"
+            )
         return None
+
+    def _loss(self) -> str:
+        """What --overwrite would cost."""
+        try:
+            epochs = (self.folder / "results.csv").read_text().count("\n") - 1
+        except (OSError, ValueError):
+            epochs = 0
+        done = f"the {epochs} epochs that are trained there and " if epochs > 0 else ""
+        return f"which deletes {done}everything else in that folder"
 
     @property
     def finished(self) -> bool:
         """True where all epochs have been trained already."""
-        return self.state is not None and self.state["epoch"] >= self._arguments["epochs"]
+        return self.checkpoint is not None and self.checkpoint["epoch"] >= self._arguments["epochs"]
 
     def finish(self) -> None:
-        """Makes up for a process that died between the last checkpoint and the end."""
+        """Makes up for a process that died between the last checkpoint and the end, and for files that were deleted since."""
         if not self.writes:
             return
-        rows, path = self.state["history"], self.folder / "results.csv"
+        rows, path = self.checkpoint["history"], self.folder / "results.csv"
         if not path.exists() or path.read_text().count("\n") <= len(rows):
             self.write_results(rows)
+        if not (self.folder / checkpoints.BEST).exists():
+            self._restore_best(rows)
 
-    def open(self, facts: dict[str, Any]) -> None:
-        """Makes and locks the folder, and writes ``args.json`` there: the arguments, and facts about machine and program.
+    def _restore_best(self, rows: list[dict[str, Any]]) -> None:
+        best = rows[0]
+        for row in rows:
+            best = row if self._task.better(self._task.score(row), self._task.score(best)) else best
+        for path in (self.folder / checkpoints.LATEST, self._copy(best["epoch"])):
+            with contextlib.suppress(checkpoints.UnreadableCheckpoint):
+                content = checkpoints.read(path)
+                # Before the freeze it is the hard-quantized network that was scored, and a run's state is the other one.
+                scored = content.get("projection_mode") is None or content.get("hard_quantized")
+                if content["epoch"] == best["epoch"] and not content["step"] and scored:
+                    kept = {name: content[name] for name in content if name in NETWORK_KEYS or name == self._task.best_key}
+                    self.save_best({**kept, "results": best})
+                    log.info(f"{self.folder / checkpoints.BEST} was gone: made again from {path.name}")
+                    return
+        warn(
+            f"{self.folder / checkpoints.BEST} is gone, and the best network, after epoch {best['epoch']}, is in no other file; "
+            f"{checkpoints.LATEST} holds the one after epoch {rows[-1]['epoch']}"
+        )
+
+    def open(self) -> None:
+        """Makes and locks the folder and opens the log.
 
         Raises:
             UsageError: if the folder cannot be made or written, or another process works in it.
         """
         if not self.writes:
             if self._named:
-                self._look()  # again: the process that writes has opened it now
+                self._found = self._look(self._found)  # again: the process that writes has opened it now
             return
         try:
             self.folder = self._make_folder()
             self._take_lock()
             if self._named:
-                self._look()  # again: the process that had the lock may have changed it
-                if self._differing:
+                self._found = self._look(self._found)  # again: the process that had the lock may have changed it
+                if self._found.differing:
                     self._clear()
-            self._write_arguments(facts)
-            self._open_log()
+            # What was logged after the checkpoint is about to happen again.
+            self._log = LogFile(self.folder / "log.txt", keep=self.checkpoint["log_bytes"] if self.checkpoint else None)
         except OSError as error:
+            self.close()
             raise UsageError(f"--results_dir: {self.folder} cannot be written ({error.strerror or error})") from None
 
-    def _write_arguments(self, facts: dict[str, Any]) -> None:
+    def record(self, facts: dict[str, Any]) -> None:
+        """Writes ``args.json``: the arguments, and facts about machine, program and start, with all warnings so far."""
+        if not self.writes:
+            return
+        facts = {**facts, "warnings": warnings_so_far()}
         path, content = self.folder / "args.json", {"arguments": self._arguments, **facts}
-        if self.state is not None and path.exists():
-            first = json.loads(path.read_text())
-            content = {**first, "arguments": self._arguments, "continued": [*first.get("continued", []), facts]}
-        write_text(path, json.dumps(content, indent=2) + "\n")
+        with writing(path):
+            if self.checkpoint is not None and path.exists():
+                first = json.loads(path.read_text())
+                content = {**first, "arguments": self._arguments, "continued": [*first.get("continued", []), facts]}
+            write_text(path, json.dumps(content, indent=2) + "\n")
 
     def _make_folder(self) -> Path:
         if self._named:
@@ -182,81 +254,68 @@ class Run:
         for entry in sorted(self.folder.iterdir(), key=lambda entry: entry.name == "args.json"):
             if entry.name != ".lock":
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        self.state = None
 
-    def _open_log(self) -> None:
-        path = self.folder / "log.txt"
-        if self.state is not None and path.exists():
-            # What was logged after the checkpoint is about to happen again.
-            os.truncate(path, min(self.state["log_bytes"], path.stat().st_size))
-        elif path.exists():
-            path.unlink()
-        self._log_handler = _LogFile(path, encoding="utf-8")
-        self._log_handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        log.addHandler(self._log_handler)
-
-    def save_state(self, content: dict[str, Any], keep: bool = False) -> None:
+    def save_checkpoint(self, content: dict[str, Any], keep: bool = False) -> None:
         """Writes the latest checkpoint and keeps the one before; ``keep`` also leaves a copy of its own for this epoch."""
         self.saved_at = time.monotonic()
         if not self.writes:
             return
-        self._log_handler.flush()
-        content["log_bytes"] = (self.folder / "log.txt").stat().st_size
-        latest = self.folder / checkpoints.LATEST
-        fresh = self.folder / f"{checkpoints.LATEST}.new"
-        checkpoints.save(fresh, content)
-        if latest.exists():
-            os.replace(latest, self.folder / checkpoints.PREVIOUS)
-        os.replace(fresh, latest)
-        if keep:
-            checkpoints.save(self.folder / f"checkpoint_epoch_{content['epoch']}.pth.tar", content)
+        with writing(self.folder):
+            self._log.flush()
+            content["log_bytes"] = (self.folder / "log.txt").stat().st_size
+            latest = self.folder / checkpoints.LATEST
+            fresh = self.folder / f"{checkpoints.LATEST}.new"
+            checkpoints.save(fresh, content)
+            if latest.exists():
+                os.replace(latest, self.folder / checkpoints.PREVIOUS)
+            os.replace(fresh, latest)
+            if keep:
+                checkpoints.save(self._copy(content["epoch"]), content)
+
+    def _copy(self, epoch: int) -> Path:
+        return self.folder / f"checkpoint_epoch_{epoch}.pth.tar"
 
     def save_best(self, content: dict[str, Any]) -> None:
         """Writes the best network so far."""
         if self.writes:
-            checkpoints.save(self.folder / checkpoints.BEST, content)
+            with writing(self.folder / checkpoints.BEST):
+                checkpoints.save(self.folder / checkpoints.BEST, content)
 
     def write_results(self, history: list[dict[str, Any]]) -> None:
         """Writes ``results.csv``: one line an epoch, empty where nothing was measured."""
         if not self.writes:
             return
         text = io.StringIO()
-        writer = csv.DictWriter(text, self._columns, restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, self._task.columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(history)
-        write_text(self.folder / "results.csv", text.getvalue())
+        with writing(self.folder / "results.csv"):
+            write_text(self.folder / "results.csv", text.getvalue())
 
     def close(self) -> None:
         """Ends the log and gives the lock back."""
+        if self._log is not None:
+            self._log.end()
+            self._log = None
         if self._lock is not None:
-            if hasattr(self, "_log_handler"):
-                log.removeHandler(self._log_handler)
-                with contextlib.suppress(OSError):  # what a full disk did not take is reported already
-                    self._log_handler.close()
             os.close(self._lock)
             self._lock = None
-
-
-def log_to_terminal(level: int = logging.INFO) -> None:
-    """Sends the log's lines from ``level`` on to standard output; the run's file gets every line."""
-    log.setLevel(logging.DEBUG)
-    log.propagate = False
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setLevel(level)
-    log.handlers = [handler]
 
 
 def facts_of_machine(device: torch.device) -> dict[str, Any]:
     """Versions, device and revision, for ``args.json``."""
     names = ("torchvision", "numpy", "tensorboardX")
     here = Path(__file__).parent.parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    revision = None
+    with contextlib.suppress(FileNotFoundError):  # git itself
+        command = ["git", "-C", here, "describe", "--always", "--dirty"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, **{name: _version(name) for name in names}},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "git_revision": git.stdout.strip() or None,
+        "git_revision": revision,
     }
 
 
@@ -281,10 +340,27 @@ def _comparable(args: Namespace) -> dict[str, Any]:
     return json.loads(json.dumps({name: value for name, value in sorted(vars(args).items()) if name not in DERIVED}))
 
 
-def _check_writable(folder: Path) -> None:
+def _agree(name: str, old: Any, new: Any) -> bool:
+    """Whether a run of one value may be continued with another."""
+    if name in _DECIDED and "auto" in (old, new):
+        return True
+    if name == "epochs" and isinstance(old, int):
+        return old <= new  # it may be made longer
+    if name == "resume" and isinstance(old, str) and isinstance(new, str):
+        return os.path.normpath(old) == os.path.normpath(new)
+    return old == new
+
+
+def _stamp(path: Path) -> tuple[str, int, int, int]:
+    """Differs once a file has been replaced."""
+    status = path.stat()
+    return path.name, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _check_writable(flag: str, folder: Path) -> None:
     """Raises UsageError where a folder cannot be made or written, without touching anything."""
     place = folder
     while not place.exists() and place != place.parent:
         place = place.parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"--results_dir: {folder} cannot be written: {place} is {'read-only' if place.is_dir() else 'no folder'}")
+        raise UsageError(f"{flag}: {folder} cannot be written: {place} is {'read-only' if place.is_dir() else 'no folder'}")

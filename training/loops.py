@@ -13,7 +13,7 @@ from tqdm import tqdm
 from quantize import ProjectedOptimizer
 from sources.batches import Batches
 from training.computing import Precision
-from training.folder import log
+from training.log import log
 from training.state import Diverged, State
 from training.tasks import Network, Task
 from utils import Meter

@@ -32,8 +32,8 @@ class State:
     seconds: spent in the current epoch by processes that were interrupted.
     best: best score so far, see ``Task.score``; None before the first.
     history: the rows of results.csv.
-    compiled: whether the network is compiled for training; a continuation keeps to it, since it changes roundings.
-    processes: how many train the network together.
+    computed: how the network is computed, see ``computing.decide``.
+    warm_start: what the run started from, see ``warm_start.load``; None where it began with random weights.
     """
 
     task: Task
@@ -47,8 +47,8 @@ class State:
     seconds: float = 0.0
     best: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
-    compiled: bool = False
-    processes: int = 1
+    computed: dict[str, Any] = field(default_factory=dict)
+    warm_start: dict[str, Any] | None = None
 
     def checkpoint(self, args: Namespace) -> dict[str, Any]:
         """Everything, as tensors and plain values; the keys of the published checkpoints keep their names.
@@ -67,8 +67,7 @@ class State:
             "start_signs": {name: sign.to(torch.int8) for name, sign in self.start_signs.items()},
             "random": _random_state(),
             "hard_quantized": self.optimizer.frozen,
-            "compiled": self.compiled,
-            "processes": self.processes,
+            "computed": self.computed,
         }
         self._require_finite(content)
         return content
@@ -91,7 +90,8 @@ class State:
             "dataset": args.dataset,
             "holdout": args.holdout,
             "input_size": args.input_size,
-            "precision": args.precision,
+            "precision": self.computed.get("precision", args.precision),
+            "warm_start": self.warm_start,
             "projection_mode": args.projection_mode,
             "hard_quantized": args.projection_mode is not None,
             self.task.best_key: self.best,
@@ -107,7 +107,8 @@ class State:
         try:
             self.model.load_state_dict(content["state_dict"])
             self.epoch, self.step, self.seconds = content["epoch"], content["step"], content["seconds"]
-            self.best, self.history, self.compiled = content[self.task.best_key], content["history"], content["compiled"]
+            self.best, self.history = content[self.task.best_key], content["history"]
+            self.warm_start = content.get("warm_start")
             self.meter.load_state_dict(content["meter"])
             for tensor, saved in zip(self.carried, content.get("carried", []), strict=True):
                 tensor.copy_(saved)
@@ -120,6 +121,32 @@ class State:
         except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"the checkpoint does not fit this run ({type(error).__name__}: {reason[:200]})") from None
+
+
+# What of a checkpoint is the network and what is needed to build it, as ``State.network`` has it beside the best score.
+NETWORK_KEYS = frozenset(
+    {
+        "epoch",
+        "model",
+        "config",
+        "dataset",
+        "holdout",
+        "input_size",
+        "precision",
+        "warm_start",
+        "projection_mode",
+        "hard_quantized",
+        "state_dict",
+    }
+)
+
+
+def computed_before(content: dict[str, Any]) -> dict[str, Any]:
+    """How the run of a checkpoint was computed, see ``computing.decide``; older checkpoints say less."""
+    if isinstance(content.get("computed"), dict):
+        return content["computed"]
+    older = {"compile": "on" if content.get("compiled") else "off", "processes": content.get("processes", 1)}
+    return older | ({"precision": content["precision"]} if content.get("precision") in ("fp32", "bf16") else {})
 
 
 def _random_state() -> dict[str, Any]:

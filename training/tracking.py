@@ -17,6 +17,7 @@ from torch import Tensor
 
 from training.arguments import DERIVED
 from training.tasks import Task
+from utils import writing
 
 HISTOGRAMS = 20  # about so many over a run: enough to see the weights split, small enough to load quickly
 BINS = 80
@@ -48,16 +49,17 @@ class Board:
         purged_from: what an earlier process wrote of this step and later ones is taken back: 0 for a new run.
 
     Raises:
-        OSError: here and in every method, if the file cannot be written.
+        CannotWrite: here and in every method, if the file cannot be written.
     """
 
     def __init__(self, task: Task, folder: Path | None, purged_from: int) -> None:
-        self._task, self._events = task, None
+        self._task, self._folder, self._events = task, folder, None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-        self._events.write_event(Event(wall_time=time.time(), step=purged_from, session_log=SessionLog(status=SessionLog.START)))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        self._write(Event(wall_time=time.time(), step=purged_from, session_log=SessionLog(status=SessionLog.START)))
 
     def add_start(self, args: Namespace, weights: Mapping[str, Tensor], epoch: int) -> None:
         """The arrangement of the charts, the arguments as text, and the weights before the first step."""
@@ -94,7 +96,8 @@ class Board:
     def flush(self) -> None:
         """Hands everything so far to the system: a killed process loses none of it."""
         if self._events is not None:
-            self._events.flush()
+            with writing(self._folder):
+                self._events.flush()
 
     def __enter__(self) -> "Board":
         return self
@@ -109,7 +112,11 @@ class Board:
 
     def _add(self, content: Summary, step: int) -> None:
         if self._events is not None:
-            self._events.write_event(Event(wall_time=time.time(), step=step, summary=content))
+            self._write(Event(wall_time=time.time(), step=step, summary=content))
+
+    def _write(self, event: Event) -> None:
+        with writing(self._folder):
+            self._events.write_event(event)
 
 
 def _plain(value: Any) -> Any:

@@ -18,11 +18,10 @@ from reporting.runs import Run
 from reporting.schedules import DATA, PRECISION, PROCESSES, REGIME, STRENGTH, schedule_text, shown
 from reporting.statistics import Spread, spread
 from training import checkpoints, regimes
-from training.arguments import DERIVED, build_parser
+from training.arguments import CHANGES_NO_NUMBER, DERIVED, build_parser
 
 # What may differ inside a group: the seed, where things lie, and what changes no number.
-FREE = {"seed", "save", "tb_dir", "results_dir", "data_dir", "gpus", "workers", "print_freq", "checkpoint_minutes", "save_all",
-        "overwrite", "evaluate", *DERIVED}  # fmt: skip
+FREE = {"seed", *CHANGES_NO_NUMBER, *DERIVED}
 _NAMES = {"modes": quantize.MODES, "models": models.MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
 DEFAULTS = vars(build_parser(**_NAMES).parse_args([]))
 

@@ -1,0 +1,239 @@
+"""What a run's folder says about the run, what it may be continued with, and what is said when something fails."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import main_binary_reg
+from training import checkpoints, computing, tracking
+from training.processes import Processes
+
+PROX = ("--projection_mode", "prox", "--reg_rate", 1, "--optimizer", "Adam", "--lr", "0.01")
+
+
+class Done(Namespace):
+    """Of a run: status, what it printed (out, err), and its folder."""
+
+    def log(self) -> str:
+        return (self.folder / "log.txt").read_text()
+
+    def facts(self) -> dict:
+        return json.loads((self.folder / "args.json").read_text())
+
+    def checkpoint(self, name: str = "checkpoint.pth.tar") -> dict:
+        return torch.load(self.folder / name, weights_only=True)
+
+
+@pytest.fixture
+def train(tiny_data, tmp_path, capsys, monkeypatch) -> Callable[..., Done]:
+    """Runs the command line in this process: ``train(name, arguments...)``; of two values of a flag the later one counts."""
+    monkeypatch.chdir(tmp_path)
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+
+    def run(name: str, *arguments: object) -> Done:
+        base = ("--model_config", "{'depth': 8}", "--batch-size", 40, "--epochs", 1, "--data_dir", tiny_data, "--save", name)
+        capsys.readouterr()
+        status = main_binary_reg.main(list(map(str, (*base, *arguments))))
+        printed = capsys.readouterr()
+        return Done(status=status, out=printed.out, err=printed.err, folder=tmp_path / "results" / name)
+
+    yield run
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+
+
+# How it is computed.
+
+
+def test_the_precision_belongs_to_the_run(train, monkeypatch):
+    monkeypatch.setattr(computing, "_cpu_flags", lambda: {"avx512_bf16"})
+    assert train("run").facts()["precision"] == "bf16"
+    monkeypatch.setattr(computing, "_cpu_flags", set)
+    again = train("run", "--epochs", 2)
+    assert again.status == 0, again.err
+    assert again.checkpoint()["precision"] == again.checkpoint("model_best.pth.tar")["precision"] == "bf16"
+    assert "continued in bf16, as the run was begun; auto on this machine would be fp32" in again.log()
+    assert [facts["precision"] for facts in again.facts()["continued"]] == ["bf16"]
+    refused = train("run", "--epochs", 3, "--precision", "fp32")
+    assert refused.status == 2
+    assert "--precision bf16 there, fp32 here" in refused.err
+    assert train("run", "--epochs", 2, "--precision", "bf16").status == 0
+
+
+class Peers(Processes):
+    """Others decide for fp32, and against compiling."""
+
+    def largest(self, *numbers: int) -> list[int]:
+        return [1 for _ in numbers]
+
+
+def test_all_processes_compute_alike():
+    asked = Namespace(precision="auto", compile="auto")
+    native = computing.Precision("bf16", "cpu", "native")
+    precision, computed, _ = computing.decide(native, True, asked, "a CPU", {}, Peers())
+    assert (precision.name, computed["precision"], computed["compile"]) == ("fp32", "fp32", "off")
+    before = {"precision": "bf16", "compile": "on", "place": "a CPU"}
+    precision, computed, _ = computing.decide(native, True, asked, "a CPU", before, Peers())
+    assert (precision.name, computed["precision"], computed["compile"]) == ("bf16", "bf16", "on")
+
+
+def test_another_machine_is_said(train):
+    train("run")
+    path = Path("results/run/checkpoint.pth.tar")
+    content = torch.load(path, weights_only=True)
+    content["computed"] |= {"place": "another CPU, 4 threads", "processes": 2}
+    torch.save(content, path)
+    warnings = train("run", "--epochs", 2).facts()["continued"][0]["warnings"]
+    assert [words.split(" before, ")[0] for words in warnings] == ["on another CPU, 4 threads", "2 processes"]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_memory_is_kept_where_glibc_lets_it(monkeypatch, older):
+    """Old ones refuse a threshold above 32 MiB; where none is accepted, nothing is set."""
+    accepted = {}
+
+    def mallopt(name: int, value: int) -> int:
+        if name == -3 and value > (32 << 20 if older else 1 << 40):
+            return 0
+        accepted[name] = value
+        return 1
+
+    monkeypatch.setattr(computing.ctypes, "CDLL", lambda name: Namespace(mallopt=mallopt))
+    computing.keep_freed_memory()
+    assert accepted == {-3: 32 << 20 if older else 1 << 30, -1: 2**31 - 1}
+    accepted.clear()
+    monkeypatch.setattr(
+        computing.ctypes, "CDLL", lambda name: Namespace(mallopt=lambda name, value: name != -3 and mallopt(name, value))
+    )
+    computing.keep_freed_memory()
+    assert accepted == {}
+
+
+# What it says.
+
+
+def test_warnings_are_in_the_log_and_among_the_arguments(train):
+    done = train("run", "--projection_mode", "lazy", "--reg_rate", "0.1", "--freeze_epoch", 9)
+    assert len(done.facts()["warnings"]) == 2
+    for words in done.facts()["warnings"]:
+        assert f"warning: {words}" in done.log()
+        assert f"warning: {words}" in done.out
+    assert "--freeze_epoch 9 is beyond --epochs 1" in done.log()
+    assert train("run", "--projection_mode", "lazy", "--freeze_epoch", 9, "--epochs", 2, "--reg_rate", "0.1").status == 0
+    assert done.log().count("--reg_rate has no effect") == 2  # that of the first process is kept
+
+
+def test_a_run_records_what_it_started_from(train):
+    first = train("fp", "--epochs", 2)
+    done = train("from_folder", "--resume", "results/fp", *PROX)
+    start = done.facts()["warm_start"]
+    best = first.checkpoint("model_best.pth.tar")
+    assert start == done.checkpoint()["warm_start"]
+    assert (start["path"], start["epoch"], start["score"]) == ("results/fp", best["epoch"], best["best_prec1"])
+    assert start["finished"] is True
+    assert done.facts()["warnings"] == []
+    renamed = {f"module.{name}": value.contiguous() for name, value in reversed(best["state_dict"].items())}
+    torch.save({"state_dict": renamed}, "alone.pth.tar")
+    alone = train("from_file", "--resume", "alone.pth.tar", *PROX).facts()["warm_start"]
+    assert alone == {**start, "path": "alone.pth.tar", "epoch": None, "score": None, "finished": None, "of_epochs": None}
+    renamed["module.fc.bias"][0] += 1e-6
+    torch.save({"state_dict": renamed}, "alone.pth.tar")
+    assert train("from_other", "--resume", "alone.pth.tar", *PROX).facts()["warm_start"]["sha256"] != start["sha256"]
+    assert first.facts()["warm_start"] is None
+    # Continued, it says the same, though the path is spelled otherwise and the start has changed meanwhile.
+    (first.folder / "model_best.pth.tar").write_bytes(b"")
+    again = train("from_folder", "--resume", "results/fp/", *PROX, "--epochs", 2)
+    assert again.status == 0, again.err
+    assert again.facts()["warm_start"] == again.checkpoint()["warm_start"] == start
+
+
+def test_an_unfinished_warm_start_is_said(train):
+    train("fp")
+    path = Path("results/fp/args.json")
+    path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 7'))
+    done = train("run", "--resume", "results/fp", *PROX)
+    assert done.facts()["warm_start"]["finished"] is False
+    assert done.facts()["warnings"] == ["--resume results/fp: that run is unfinished, it has trained 1 of 7 epochs"]
+
+
+# How it fails.
+
+
+def test_a_file_that_cannot_be_written_is_named(train, monkeypatch):
+    save = checkpoints.save
+
+    def full(path: Path, content: dict) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write answers, without the file's name
+
+    monkeypatch.setattr(checkpoints, "save", full)
+    done = train("run")
+    assert done.status == 1
+    assert done.err.count("\n") == 1
+    assert f"No space left on device: {Path('results/run/model_best.pth.tar')}" in done.err
+    assert "there is no checkpoint yet" in done.err
+    assert "Traceback" in done.log()
+    monkeypatch.setattr(checkpoints, "save", save)
+    train("run")
+    monkeypatch.setattr(checkpoints, "save", full)
+    assert "the last good checkpoint is kept" in train("run", "--epochs", 2).err
+
+
+def test_a_fault_of_the_program_is_no_full_disk(train, monkeypatch):
+    def faulty(*arguments: object) -> None:
+        Path("no such file").read_text()
+
+    monkeypatch.setattr(tracking.Board, "add_epoch", faulty)
+    with pytest.raises(FileNotFoundError):
+        train("run")
+    log = Path("results/run/log.txt").read_text()
+    assert "Traceback" in log
+    assert "in faulty" in log
+
+
+# What it may be continued with.
+
+
+def test_what_changes_no_number_may_change(train, tiny_data):
+    train("run", "--tb_dir", "tb")
+    shutil.copytree(tiny_data, "moved")
+    more = ("--data_dir", "moved", "--tb_dir", "elsewhere", "--save_all", "--print-freq", 3, "--workers", 1, "--device", "cpu")
+    done = train("run", "--epochs", 2, *more)
+    assert done.status == 0, done.err
+    assert "continuing in epoch 2" in done.out
+    assert any(Path("elsewhere").iterdir())
+    refused = train("run", "--epochs", 3, "--seed", 1)
+    assert refused.status == 2
+    assert "--overwrite, which deletes the 2 epochs that are trained there" in refused.err
+
+
+@pytest.mark.parametrize("kind", [("--save_all",), ("--freeze_epoch", 0, *PROX)])
+def test_deleted_files_of_a_finished_run_are_made_again(train, kind):
+    done = train("run", "--epochs", 2 if "--save_all" in kind else 1, *kind)
+    best, results = done.checkpoint("model_best.pth.tar"), (done.folder / "results.csv").read_bytes()
+    for name in ("model_best.pth.tar", "results.csv"):
+        (done.folder / name).unlink()
+    again = train("run", "--epochs", 2 if "--save_all" in kind else 1, *kind)
+    assert "complete" in again.out
+    assert (done.folder / "results.csv").read_bytes() == results
+    found = again.checkpoint("model_best.pth.tar")
+    assert set(found) == set(best)
+    assert all(found[name] == best[name] for name in best if name not in ("state_dict", "results"))
+    assert {name: found["results"][name] for name in best["results"]} == {**best["results"]}
+    assert all(torch.equal(found["state_dict"][name], value) for name, value in best["state_dict"].items())
+
+
+def test_a_deleted_network_that_is_nowhere_else_is_said(train):
+    """Before the freeze the quantized network is scored, and the run's state is the other one."""
+    done = train("run", *PROX)
+    (done.folder / "model_best.pth.tar").unlink()
+    again = train("run", *PROX)
+    assert (again.status, (done.folder / "model_best.pth.tar").exists()) == (0, False)
+    assert "model_best.pth.tar is gone, and the best network, after epoch 1, is in no other file" in again.out

@@ -1,0 +1,54 @@
+"""What a run started from: recorded in ``args.json`` and in its checkpoints, so that two runs' starts can be compared."""
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from training import checkpoints
+from training.log import warn
+from training.tasks import Task
+
+
+def load(model: nn.Module, resume: str, task: Task) -> dict[str, Any]:
+    """Puts the weights of a checkpoint into a network; warns where they are those of an unfinished run.
+
+    Args:
+        model: of the run that starts.
+        resume: a checkpoint file, or a run's folder.
+        task: of the run that starts.
+
+    Returns:
+        ``path`` as the user gave it; ``epoch``, how many that network was trained; ``score``, its best score (for images top-1
+        accuracy in percent); ``sha256`` of its weights; ``finished``, whether the run that it is of was trained to its end, and
+        ``of_epochs``, how long that is. None where it cannot be known.
+    """
+    path = checkpoints.locate(Path(resume))
+    content = checkpoints.read(path)
+    checkpoints.load_weights(model, content, path)
+    epoch, score = content.get("epoch"), content.get(task.best_key)
+    finished, trained, of_epochs = _progress(path.parent)
+    if finished is False:
+        warn(f"--resume {resume}: that run is unfinished, it has trained {trained} of {of_epochs} epochs")
+    return {
+        "path": resume,
+        "epoch": epoch if isinstance(epoch, int) else None,
+        "score": score if isinstance(score, int | float) and math.isfinite(score) else None,
+        "sha256": checkpoints.sha256_of_weights(content),
+        "finished": finished,
+        "of_epochs": of_epochs,
+    }
+
+
+def _progress(folder: Path) -> tuple[bool | None, int | None, int | None]:
+    """Whether the run of a folder has trained all its epochs, how many it has, and how many they are; None without a run."""
+    try:
+        wanted = int(json.loads((folder / "args.json").read_text())["arguments"]["epochs"])
+        with open(folder / "results.csv", newline="", encoding="utf-8") as file:
+            trained = max((int(row["epoch"]) for row in csv.DictReader(file)), default=0)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+        return None, None, None
+    return trained >= wanted, trained, wanted
