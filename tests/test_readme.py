@@ -52,20 +52,8 @@ def test_command(command, folder, tiny_data):
     for flag in {"--evaluate", "--resume"} & set(words):
         needed = Path(words[words.index(flag) + 1])
         if not (folder / needed).exists():  # this test runs on its own, without those before it
-            run_main(
-                *SHORT,
-                "--save",
-                needed.name,
-                "--epochs",
-                1,
-                "--data_dir",
-                tiny_data,
-                "--projection_mode",
-                "prox",
-                "--reg_rate",
-                1,
-                cwd=folder,
-            )
+            quantized = ("--projection_mode", "prox", "--reg_rate", 1, "--data_dir", tiny_data)
+            run_main(*SHORT, "--save", needed.name, "--epochs", 1, *quantized, cwd=folder)
     done = run_main(*words, cwd=folder)
     assert ("hard-quantized: loss" if "--evaluate" in words else "done, best error") in done.stdout
 
@@ -201,7 +189,7 @@ def test_flags_are_the_parsers():
 
 def test_defaults_are_those_of_the_help():
     for action in flags():
-        stated = re.findall(r"\(default: (-?[\w./-]+)[),;]", action.help)
+        stated = re.findall(r"\bdefault: (-?[\w./-]+)[),;]", action.help)
         special = action.default in (None, {}) or action.dest == "binary_reg"  # a default that depends on the rest
         if not special and action.nargs != 0:
             default = ",".join(map(str, action.default)) if isinstance(action.default, list) else action.default
@@ -214,7 +202,9 @@ def source_of(file: str, name: str) -> str:
     node = ast.parse(text)
     for part in name.split("."):
         kinds = (ast.FunctionDef, ast.ClassDef)
-        (node,) = (child for child in node.body if isinstance(child, kinds) and child.name == part)
+        found = [child for child in node.body if isinstance(child, kinds) and child.name == part]
+        assert len(found) == 1, f"{file} has no {name}"
+        node = found[0]
     return ast.get_source_segment(text, node)
 
 
