@@ -177,9 +177,13 @@ def build_parser(
 
     add = parser.add_argument_group("start and evaluation").add_argument
     add("--resume", type=_path, metavar="PATH",
-        help="warm start from a checkpoint file or a run's folder (its model_best.pth.tar)")  # fmt: skip
+        help="warm start from a checkpoint file, a packed one or a run's folder (its model_best.pth.tar)")  # fmt: skip
     add("-e", "--evaluate", type=_path, metavar="PATH",
-        help="print plain and hard-quantized loss and errors of a checkpoint file or a run's folder, and stop")  # fmt: skip
+        help="print plain and hard-quantized loss and errors of a checkpoint file, a packed one or a run's folder, and "
+        "stop")  # fmt: skip
+    add("--recalibrate", type=_COUNT_OR_ZERO, default=0, metavar="N",
+        help="with --evaluate: also with BatchNorm's statistics re-estimated for the hard-quantized network, from N training "
+        "batches (default: 0)")  # fmt: skip
 
     add = parser.add_argument_group("results").add_argument
     add("--results_dir", type=_path, default="./results", metavar="DIR", help="folder of all runs (default: ./results)")
@@ -242,6 +246,8 @@ def check(args: argparse.Namespace, mode: Any) -> list[str]:
         raise UsageError(f"--input_size {args.input_size}: {args.dataset} is 32 pixels wide; only imagenet takes another size")
     if args.evaluate is not None:
         return warnings
+    if args.recalibrate:
+        raise UsageError(f"--recalibrate {args.recalibrate}: training does not re-estimate BatchNorm's statistics, only --evaluate")
     if args.binary_regime + args.ttq_regime + (args.regime is not None) > 1:
         raise UsageError("--regime, --binary_regime and --ttq_regime: only one of them can be chosen")
     if args.start_epoch >= args.epochs:

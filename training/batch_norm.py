@@ -1,10 +1,11 @@
-"""Batch normalization with formulas of its own, for networks that are compiled for training on a CPU.
+"""Batch normalization with formulas of its own, for networks that are compiled for training on a CPU; and its averages anew.
 
 What torch.compile makes of ``nn.BatchNorm2d`` there takes the variance by Welford's recurrence, each element waiting for the one
 before it, and keeps mean and deviation for the backward pass in the activations' precision, which under autocast is bf16. Here
 the sums are independent of each other and everything but the activations is float32: ResNet-20 in bf16 trained 8% faster.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,6 +39,35 @@ class BatchNorm(nn.BatchNorm2d):
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
             self.num_batches_tracked.add_(1)
         return y
+
+
+@torch.no_grad()
+def re_estimate(network: nn.Module, passes: Iterable[object]) -> int:
+    """Takes all running averages anew, as the plain mean over some batches, and leaves the network in evaluation.
+
+    Args:
+        network: with the weights that the averages are to be of.
+        passes: each step of the iteration passes one batch through the network.
+
+    Returns:
+        How many layers have such averages.
+    """
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    layers = [layer for layer in network.modules() if isinstance(layer, kinds) and layer.track_running_stats]
+    momenta = [layer.momentum for layer in layers]
+    network.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # torch's word for the plain mean
+        layer.train()
+    try:
+        for _ in passes if layers else ():
+            pass
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        network.eval()
+    return len(layers)
 
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

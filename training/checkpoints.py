@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole, read as tensors and plain values only."""
+"""Checkpoint files: written whole, read as tensors and plain values only. A packed network is read as a checkpoint too."""
 
 import hashlib
 import io
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize import PackedError, packing
 from utils import UsageError, write_whole
 
 LATEST = "checkpoint.pth.tar"
@@ -32,12 +33,16 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU, after comparing the archive's checksums.
+    """Reads a checkpoint, or a packed network as one, onto the CPU, after comparing the archive's checksums.
 
     Raises:
         UnreadableCheckpoint: if it is missing, damaged, not a checkpoint, or holds anything but tensors and plain values.
     """
     try:
+        if packing.is_packed(path):
+            packed = packing.unpack(path.read_bytes())
+            facts = {"projection_mode": packed.mode, **packed.facts}
+            return {**facts, "hard_quantized": True, "frozen": True, "state_dict": packed.state_dict()}
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
@@ -50,6 +55,8 @@ def read(path: Path) -> dict[str, Any]:
         raise UnreadableCheckpoint(f"{path}: no such checkpoint") from None
     except pickle.UnpicklingError:
         raise UnreadableCheckpoint(f"{path}: refused, it holds more than tensors and plain values, or is damaged") from None
+    except PackedError as error:
+        raise UnreadableCheckpoint(f"{path}: {error}") from None
     except UsageError:
         raise
     except Exception as error:  # a damaged file can fail in any layer that reads it; all that matters is that it does

@@ -1,58 +1,113 @@
 """Evaluation of a checkpoint, as it is and hard-quantized; and what it shares with a run: the data and the network."""
 
 import ast
+import itertools
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import data
 import quantize
 from models import MODELS
 from training import checkpoints, loops
-from training.computing import select_precision
+from training.batch_norm import re_estimate
+from training.computing import Precision, select_precision
 from training.log import log
 from training.processes import ALONE, Processes
 from training.tasks import task_of
 from utils import UsageError, select_device
 
 
-def evaluate(args: Namespace) -> int:
-    """Prints plain and hard-quantized loss and errors of a checkpoint. What is not given comes from the checkpoint."""
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint, and what the user or else the checkpoint says that it is of."""
+
+    path: Path
+    content: dict[str, Any]
+    model: str
+    dataset: str
+    config: dict[str, Any]
+    mode: quantize.ProjectionMode
+
+
+def read_kept(args: Namespace) -> Kept:
+    """Reads the checkpoint that ``args.evaluate`` names; what the user has not given of precision and data is set from it."""
     path = checkpoints.locate(Path(args.evaluate))
     content = checkpoints.read(path)
-    model_name = _given_or_kept(args, content, "model", MODELS)
-    dataset = _given_or_kept(args, content, "dataset", data.DATASETS)
     args.precision = _given_or_kept(args, content, "precision", ("auto", "fp32", "bf16"))
     args.holdout = _given_or_kept(args, content, "holdout", range(2**31))
     args.input_size = _given_or_kept(args, content, "input_size", (None, *range(32, 2049)))
     mode_name = _given_or_kept(args, content, "projection_mode", [*quantize.MODES, None])
-    mode = quantize.MODES.get(mode_name, quantize.FULL_PRECISION)
-    config = _config_of(content) | args.model_config
+    return Kept(
+        path,
+        content,
+        _given_or_kept(args, content, "model", MODELS),
+        _given_or_kept(args, content, "dataset", data.DATASETS),
+        _config_of(content) | args.model_config,
+        quantize.MODES.get(mode_name, quantize.FULL_PRECISION),
+    )
+
+
+def evaluate(args: Namespace) -> int:
+    """Prints plain and hard-quantized loss and errors of a checkpoint. What is not given comes from the checkpoint."""
+    kept = read_kept(args)
+    path, mode = kept.path, kept.mode
     device, warning = select_device(args.device, args.gpus, "gpus" in args.typed)
     if warning:
         log.warning(f"warning: {warning}")
     precision = select_precision(args.precision, device, args.tf32)
-    sets = load_data(args, dataset, device)
-    model = build_model(model_name, dataset, config, sets.classes).to(device, memory_format=torch.channels_last)
-    checkpoints.load_weights(model, content, path)
+    sets = load_data(args, kept.dataset, device)
+    model = build_model(kept.model, kept.dataset, kept.config, sets.classes).to(device, memory_format=torch.channels_last)
+    checkpoints.load_weights(model, kept.content, path)
 
-    log.info(f"{path}: {model_name} {config} on {sets.source}, projection mode {mode_name or 'none'}")
-    task = task_of(dataset)
+    log.info(f"{path}: {kept.model} {kept.config} on {sets.source}, projection mode {mode.name}")
+    task = task_of(kept.dataset)
     found = {"as it is": loops.validate(task, model, sets.validation, task.meter(device), precision)}
     if mode is not quantize.FULL_PRECISION:
-        # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
-        if not (content.get("hard_quantized") and content.get("projection_mode") == mode_name):
-            with torch.no_grad():
-                for _, weight in mode.select(model):
-                    weight.copy_(mode.hard_quantize(weight))
+        hard_quantize(model, mode, kept.content)
         found["hard-quantized"] = loops.validate(task, model, sets.validation, task.meter(device), precision)
+        if args.recalibrate:
+            recalibrate(model, sets, precision, args.recalibrate)
+            words = f"hard-quantized, BatchNorm's statistics from {args.recalibrate} training batches"
+            found[words] = loops.validate(task, model, sets.validation, task.meter(device), precision)
+    elif args.recalibrate:
+        raise UsageError(f"--recalibrate {args.recalibrate}: {path} is in full precision, nothing changes under its statistics")
     for words, figures in found.items():
         log.info(f"{words}: {task.evaluation_in_words(figures)}")
     return 0
+
+
+@torch.no_grad()
+def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict[str, Any]) -> bool:
+    """Hard-quantizes a network that holds a checkpoint's weights; returns whether there was anything left to do."""
+    # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
+    if content.get("hard_quantized") and content.get("projection_mode") == mode.name:
+        return False
+    for _, weight in mode.select(model):
+        weight.copy_(mode.hard_quantize(weight))
+    return True
+
+
+def recalibrate(model: nn.Module, sets: data.Data, precision: Precision, count: int) -> None:
+    """Re-estimates BatchNorm's statistics from so many training batches, for weights that they were not taken with.
+
+    Raises:
+        UsageError: if the network has none.
+    """
+
+    def passes() -> Iterator[Tensor]:
+        for inputs, _ in itertools.islice((batch for epoch in itertools.count() for batch in sets.train.epoch(epoch)), count):
+            with precision.autocast():
+                outputs = model(inputs)
+            yield outputs
+
+    if not re_estimate(model, passes()):
+        raise UsageError(f"--recalibrate {count}: this network has no BatchNorm")
 
 
 def load_data(args: Namespace, dataset: str, device: torch.device, processes: Processes = ALONE) -> data.Data:

@@ -94,6 +94,7 @@ class State:
             "warm_start": self.warm_start,
             "projection_mode": args.projection_mode,
             "hard_quantized": args.projection_mode is not None,
+            "frozen": self.optimizer.frozen,
             self.task.best_key: self.best,
             "state_dict": self.model.state_dict(),
         }
@@ -136,6 +137,7 @@ NETWORK_KEYS = frozenset(
         "warm_start",
         "projection_mode",
         "hard_quantized",
+        "frozen",
         "state_dict",
     }
 )
