@@ -142,7 +142,8 @@ wait_for_one() {
 stop_runs() {
     trap '' INT TERM
     echo "interrupted: stopping the seeds ${seed_of[*]}" >&2
-    kill -TERM "${!seed_of[@]}" 2> /dev/null || true
+    # shellcheck disable=SC2046  # several numbers; seed_of may not yet have the run that was started last
+    kill -TERM $(jobs -p) 2> /dev/null || true
     wait
     trap - "$1"
     kill -s "$1" $$

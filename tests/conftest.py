@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,22 @@ from sources.images import CIFAR10_CLASSES
 
 ROOT = Path(__file__).parent.parent
 MAIN = ROOT / "main_binary_reg.py"
+PATIENCE = 900  # seconds: nothing takes so long on a busy machine, and a defect must not hang for ever
 
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("default")
 
 
-def run_main(*arguments: object, cwd: Path = ROOT, check: int | None = 0, timeout: float = 240) -> subprocess.CompletedProcess:
+def until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Waits for what a process is about to do."""
+    began = time.monotonic()
+    while not condition():
+        assert process.poll() is None, "it has ended"
+        assert time.monotonic() - began < PATIENCE
+        time.sleep(0.02)
+
+
+def run_main(*arguments: object, cwd: Path = ROOT, check: int | None = 0, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
     """Runs the script as a user does; fails the test if the exit status is not ``check``."""
     command = [sys.executable, str(MAIN), *map(str, arguments)]
     done = subprocess.run(

@@ -7,12 +7,11 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import MAIN, ROOT, run_main
+from conftest import MAIN, PATIENCE, ROOT, run_main, until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
@@ -105,7 +104,7 @@ def test_a_quantized_run_from_start_to_end(place, mode_name, tmp_path):
     model = models.resnet("cifar10", 8)
     names = [name for name, _ in quantize.MODES[mode_name].select(model)]
     before, *after = (load(folder, f"checkpoint_epoch_{epoch}.pth.tar") for epoch in (3, 4, 5))
-    weights = quantize.latent_in(before["optimizer"]) or before["state_dict"]
+    weights = {"lazy": before["optimizer"]["latent"]}.get(mode_name, before["state_dict"])
     start = load(place["results"] / "fp", "model_best.pth.tar")["state_dict"]
     for content in after:
         for name, value in content["state_dict"].items():
@@ -221,7 +220,7 @@ def test_unnamed_runs_never_share_a_folder(place, tmp_path):
     command = [sys.executable, str(MAIN), *map(str, arguments(place, "--epochs", 1))]
     command[command.index("--results_dir") + 1] = str(tmp_path)
     both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
-    assert [process.wait(timeout=240) for process in both] == [0, 0, 0]
+    assert [process.wait(timeout=PATIENCE) for process in both] == [0, 0, 0]
     folders = sorted(tmp_path.iterdir())
     assert len(folders) == 3
     assert all(len(rows(folder)) == 1 for folder in folders)
@@ -234,19 +233,17 @@ def test_an_interrupted_run_continues_to_the_same_end(place, number, epoch):
     whole, broken = (place["results"] / f"{kind}_{number.name}" for kind in ("whole", "broken"))
     run_main(*arguments(place, *options, "--save", whole.name))
 
-    command = [sys.executable, str(MAIN), *map(str, arguments(place, *options, "--save", broken.name))]
+    mark = place["results"] / f"waits_for_{number.name}"
+    command = [sys.executable, str(ROOT / "tests" / "waiting.py"), str(mark), str(epoch), "3"]
+    command += map(str, arguments(place, *options, "--save", broken.name))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
-    waited = time.monotonic()
-    while not (log := broken / "log.txt").exists() or f"epoch {epoch}/4, step 3/" not in log.read_text():
-        assert process.poll() is None
-        assert time.monotonic() - waited < 120
-        time.sleep(0.01)
+    until(mark.exists, process)
     process.send_signal(number)
-    assert process.wait(timeout=60) == 128 + number
-    printed = process.stdout.read()
+    printed = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 128 + number
     assert f"stopped by {number.name}" in printed
     saved = load(broken)
-    assert (epoch - 1, 3) <= (saved["epoch"], saved["step"]) < (4, 0)
+    assert (saved["epoch"], saved["step"]) == (epoch - 1, 3)
 
     done = run_main(*arguments(place, *options, "--save", broken.name))
     assert f"continuing in epoch {saved['epoch'] + 1}, after step {saved['step']}/20" in done.stdout
@@ -272,12 +269,10 @@ def test_two_processes_on_one_folder(place):
     command = [sys.executable, str(MAIN), *map(str, options)]
     first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        while not (place["results"] / "locked" / "results.csv").exists():
-            assert first.poll() is None
-            time.sleep(0.05)
+        until((place["results"] / "locked" / "checkpoint.pth.tar").exists, first)
+        first.send_signal(signal.SIGSTOP)  # it does not come to its end while the second one looks
         second = run_main(*options, check=2)
         assert "another process is working in" in second.stderr
-        assert first.poll() is None
     finally:
         first.kill()
         first.wait()
@@ -302,11 +297,8 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(place):
 def test_long_epochs_are_saved_inside(place):
     options = arguments(place, "--save", "minutes", "--epochs", 200, "--batch-size", 1, "--checkpoint_minutes", "0.0001")
     process = subprocess.Popen([sys.executable, str(MAIN), *map(str, options)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    folder, began = place["results"] / "minutes", time.monotonic()
-    while not (folder / "checkpoint.previous.pth.tar").exists():
-        assert process.poll() is None
-        assert time.monotonic() - began < 120
-        time.sleep(0.02)
+    folder = place["results"] / "minutes"
+    until((folder / "checkpoint.previous.pth.tar").exists, process)
     process.kill()
     process.wait()
     saved = [load(folder, name) for name in ("checkpoint.pth.tar", "checkpoint.previous.pth.tar") if (folder / name).exists()]
@@ -345,21 +337,20 @@ def test_a_vanished_folder_stops_the_run(place):
     options = arguments(place, "--save", "vanishing", "--epochs", 400, "--lr", "0.01")
     command = [sys.executable, str(MAIN), *map(str, options)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    folder, away, began = place["results"] / "vanishing", place["results"] / "away", time.monotonic()
-    while not (folder / "checkpoint.previous.pth.tar").exists():
-        assert time.monotonic() - began < 120
-        time.sleep(0.02)
+    folder, away = place["results"] / "vanishing", place["results"] / "away"
+    until((folder / "checkpoint.previous.pth.tar").exists, process)
     folder.rename(away)
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 1
     assert re.fullmatch(r".*No such file or directory.*vanishing.*\n", said)
     assert not folder.exists()
-    saved = load(away)
+    latest = [name for name in ("checkpoint.pth.tar", "checkpoint.previous.pth.tar") if (away / name).exists()]
+    saved = load(away, latest[0])  # between two renamings there is only the one before
     away.rename(folder)
     again = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert f"continuing in epoch {saved['epoch'] + 1}" in again.stdout.readline()
     again.terminate()
-    again.communicate(timeout=60)
+    again.communicate(timeout=PATIENCE)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(place):
@@ -447,13 +438,13 @@ def test_an_unnamed_run_says_how_it_continues(place, tmp_path):
         if line.startswith("epoch 1/"):
             process.terminate()
     (folder,) = tmp_path.iterdir()
-    process.wait(timeout=60)
+    process.wait(timeout=PATIENCE)
     assert f"the same command with --save {folder.name} continues" in (folder / "log.txt").read_text()
     epoch = load(folder)["epoch"]
     again = subprocess.Popen([*command, "--save", folder.name], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert f"continuing in epoch {epoch + 1}" in again.stdout.readline()
     again.terminate()
-    again.communicate(timeout=60)
+    again.communicate(timeout=PATIENCE)
 
 
 def test_a_folder_that_was_cleared_in_part_is_not_continued(place):
@@ -481,17 +472,15 @@ def test_a_signal_to_the_whole_group_saves_an_imagenet_run(imagenet, tmp_path, n
     options = (*options, "--batch-size", 4, "--save", "run", "--epochs", 50, "--precision", "fp32", "--print-freq", 1)
     command = [sys.executable, str(MAIN), *map(str, options)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    log, began = tmp_path / "run" / "log.txt", time.monotonic()
-    while not log.exists() or "epoch 1/50, step 3/50" not in log.read_text():
-        assert process.poll() is None
-        assert time.monotonic() - began < 120
-        time.sleep(0.02)
+    log = tmp_path / "run" / "log.txt"
+    until(lambda: log.exists() and "epoch 1/50, step 3/50" in log.read_text(), process)
     os.killpg(process.pid, number)
-    printed, said = process.communicate(timeout=60)
+    printed, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number, said
     assert "saved after step" in printed
     assert said == ""
-    assert load(tmp_path / "run")["step"] >= 3
+    saved = load(tmp_path / "run")
+    assert (saved["epoch"], saved["step"]) >= (0, 3)
 
 
 @pytest.mark.parametrize("depth", [18, 50])

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import MAIN, ROOT
+from conftest import MAIN, PATIENCE, ROOT
 
 import models
 
@@ -22,7 +22,7 @@ def run_to_the_end(*arguments: object) -> tuple[int, str]:
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     )
     try:
-        said = process.communicate(timeout=120)[1]
+        said = process.communicate(timeout=PATIENCE)[1]
         return process.returncode, said
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
@@ -79,7 +79,7 @@ def test_what_is_saved_of_a_diverging_run_is_finite_and_the_same_command_works_a
     script = [MAIN] if saved_by == "time" else ["-c", SIGNALLED]
     for attempt in range(2):
         command = list(map(str, [sys.executable, *script, *options]))
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 1, done.stdout + done.stderr
         assert "finite" in done.stderr
         assert ("continuing in epoch 2" in done.stdout) == (attempt == 1)

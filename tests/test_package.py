@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT
 from test_rooms import ROOMS
 
 # In a process of its own, isolated from this folder and from the environment's variables.
@@ -43,7 +43,7 @@ def installed(tmp_path_factory) -> Path:
             shutil.copy(ROOT / name, copy / name)
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(target), str(copy)]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     return target
 
@@ -64,7 +64,7 @@ def test_it_needs_torch_and_for_packing_safetensors(installed):
 
 def test_it_trains_from_elsewhere_with_torch_alone(installed, tmp_path):
     command = [sys.executable, "-I", "-c", USE, str(installed)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert Path(found["file"]).is_relative_to(installed)

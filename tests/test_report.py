@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_main
+from conftest import PATIENCE, ROOT, run_main
 from PIL import Image
 
 import quantize
@@ -137,7 +137,7 @@ def study(tmp_path_factory) -> Path:
 
 def run_report(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "scripts" / "report.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=cwd)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -596,8 +596,7 @@ def test_histograms_of_checkpoints(tmp_path):
     latent = {epoch: torch.randn(500, generator=random) * epoch / 4 for epoch in range(1, 5)}
     for epoch, weight in latent.items():
         kept = {"fc.weight": weight} if epoch > 1 else {}  # where the latent weights are the model's own
-        shown = weight.sign() if epoch > 1 else weight
-        content = {"state_dict": {"fc.weight": shown}, "optimizer": {"latent": kept, "base_optimizer": {}}}
+        content = {"state_dict": {"fc.weight": weight.sign() if epoch > 1 else weight}, "optimizer": {"latent": kept}}
         checkpoints.save(folder / f"checkpoint_epoch_{epoch}.pth.tar", content)
     damage(folder, "checkpoint_epoch_3.pth.tar", b"damaged")
     checkpoints.save(folder / checkpoints.LATEST, {"state_dict": {}, "start_signs": {"fc.weight": torch.ones(1)}})

@@ -9,12 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import PATIENCE, ROOT, until
 
 import data
 import quantize
@@ -52,7 +51,7 @@ def environment(folder: Path, data: Path, **more: str) -> dict[str, str]:
 
 
 def run(script: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([ROOT / "scripts" / script], capture_output=True, text=True, timeout=300, **options)
+    return subprocess.run([ROOT / "scripts" / script], capture_output=True, text=True, timeout=PATIENCE, **options)
 
 
 @pytest.fixture(scope="module")
@@ -204,12 +203,10 @@ def test_an_interrupt_ends_the_children(tmp_path, number):
     # A shell in the background starts its children with SIGINT ignored, and a script cannot trap what was ignored at its start.
     script, silent = ROOT / "scripts" / "train-cifar10-fp.sh", {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen([script], env=settings, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **silent)
-    began = time.monotonic()
-    while not (tmp_path / "started").exists() or len((tmp_path / "started").read_text().split()) < 2:
-        assert time.monotonic() - began < 30
-        time.sleep(0.02)
+    started = tmp_path / "started"
+    until(lambda: started.exists() and len(started.read_text().split()) == 2, process)
     process.send_signal(number)
-    assert process.wait(timeout=30) == -number
+    assert process.wait(timeout=PATIENCE) == -number
     assert (tmp_path / "stopped").read_text().split() == ["stopped"] * 2
     for child in map(int, (tmp_path / "started").read_text().split()):
         with pytest.raises(ProcessLookupError):
@@ -220,7 +217,7 @@ def test_a_short_soak(tiny_data):
     """Runs killed at random moments end as undisturbed ones do; scripts/soak.py does this at length."""
     command = [sys.executable, ROOT / "scripts" / "soak.py", "--kills", "3", "--kinds", "lazy", "--seed", "7"]
     command += ["--dataset", "cifar10", "--data_dir", tiny_data, "--epochs", "15", "--batch-size", "10"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 kills" in done.stdout.splitlines()[-1]
     assert "0 differences" in done.stdout.splitlines()[-1]
@@ -277,12 +274,9 @@ def test_each_slurm_task_is_one_method_and_seed(tmp_path):
 def test_a_slurm_task_saves_and_is_requeued(tmp_path, number, status, requeued):
     wait = f"trap 'sleep 0.2; exit 138' USR1; trap 'exit 143' TERM; touch {tmp_path}/started; while :; do sleep 0.05; done"
     process = slurm(tmp_path, fake_python(tmp_path, wait), 0)
-    began = time.monotonic()
-    while not (tmp_path / "started").exists():
-        assert time.monotonic() - began < 30
-        time.sleep(0.02)
+    until((tmp_path / "started").exists, process)
     process.send_signal(number)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE)
     assert process.returncode == status
     calls = tmp_path / "scontrol-calls"
     assert (calls.read_text() == "requeue 77\n") if requeued else not calls.exists()

@@ -51,9 +51,6 @@ def gradients(processes: Processes) -> dict[str, torch.Tensor]:
         loops.train_step(IMAGES, network, optimizer, precision, meter, [], images.double(), labels, weight)
         found |= {f"{step} {name}": parameter.grad for name, parameter in model.named_parameters()}
         found |= {f"{step} {name} after": parameter.detach().clone() for name, parameter in model.named_parameters()}
-    aligned = torch.full((3,), float(processes.share.rank), dtype=torch.float64)
-    processes.align([aligned])
-    found["aligned"] = aligned
     return found | {"meter": torch.tensor(list(meter.read().values()), dtype=torch.float64)}
 
 
@@ -65,9 +62,6 @@ def train(out: Path, rank: int, arguments: list[str]) -> int:
         held = {**state.model.state_dict(), **{f"latent {name}": weight for name, weight in state.optimizer.latent.items()}}
         torch.save(held, out / f"weights-{rank}-{state.epoch}.pt")
         finish_epoch(job, state, row, board)
-        if rank:  # as on a machine that rounds otherwise; the next epoch begins with the first process's
-            for weight in state.optimizer.latent.values():
-                weight.mul_(1.25)
 
     def step_or_die(job, state, progress):
         nonlocal steps
@@ -76,6 +70,10 @@ def train(out: Path, rank: int, arguments: list[str]) -> int:
         if os.environ.get("FAULT") == f"{rank} {steps}" and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ.get("WAIT") == f"{rank} {steps}":
+            (out / "waits").touch()
+            while not job.stop.number:
+                time.sleep(0.01)
         between_steps(job, state, progress)
 
     main_binary_reg.finish_epoch, epoch.between_steps = finish_and_note, step_or_die
@@ -84,7 +82,7 @@ def train(out: Path, rank: int, arguments: list[str]) -> int:
 
 def note_threads(file: Path) -> None:
     """Writes the threads' names; the kernel may show one of gloo's for a moment after it was joined."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while "gloo" in (names := threads()) and time.monotonic() < deadline:
         time.sleep(0.01)
     file.write_text(names)
