@@ -32,11 +32,11 @@ import quantize
 import utils
 from models import MODELS
 from training import arguments, captured, computing, endings, loops, regimes, tracking, warm_start
-from training.epoch import Job, describe, facts_of_training, finish_epoch, train_epoch
+from training.epoch import Job, check_strength, describe, facts_of_training, finish_epoch, train_epoch
 from training.evaluation import build_model, evaluate, load_data
 from training.folder import Run, facts_of_machine
 from training.log import log, log_to_terminal, warn
-from training.processes import Processes, here, joined, launch, started_by_torchrun, synchronized
+from training.processes import Processes, check_synchronized, here, joined, launch, started_by_torchrun, synchronized
 from training.state import State, computed_before
 from training.tasks import task_of
 from utils import CannotWrite, UsageError
@@ -82,12 +82,15 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
     model = build_model(args.model, args.dataset, args.model_config, sets.classes).to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         model = synchronized(model, device)
+        check_synchronized(sets.train.samples, args.batch_size, processes.share.count)
     started_from = warm_start.load(model, args.resume, task) if args.resume and run.checkpoint is None else None
 
     mode = quantize.MODES.get(args.projection_mode, quantize.FULL_PRECISION)
     regime = regimes.resolve_regime(args, model.regime, projected=args.projection_mode is not None)
     if args.capture:
         captured.check_regime(regime, args.epochs)
+    if args.projection_mode is not None:
+        check_strength(args, mode, regime)
     base_optimizer = regimes.build_optimizer(model.parameters(), regimes.settings_at(regime, args.start_epoch))
     optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode, capturable=args.capture)
     start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
@@ -112,11 +115,8 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
             warn(line)
         run.record({**facts, **facts_of_training(args, sets, regime, state)})
         network = computing.CompiledNetwork(model, task.length(sets.train)) if state.computed["compile"] == "on" else model
-        captured_step = None
-        if args.capture:
-            regimes.make_capturable(optimizer.base_optimizer, device)
-            step = functools.partial(loops.train_step, task, network, optimizer, precision, state.meter, state.carried)
-            captured_step = captured.CapturedStep(step, optimizer, task.length(sets.train))
+        step = functools.partial(loops.train_step, task, network, optimizer, precision, state.meter, state.carried)
+        captured_step = captured.prepare(step, optimizer, task.length(sets.train), device) if args.capture else None
         job = Job(args, run, sets, mode, regime, device, precision, processes, network, captured_step, loops.StopSignals())
         describe(job, state)
         purged_from = 0 if run.checkpoint is None else state.epoch + 1

@@ -124,6 +124,12 @@ class _ResNet(nn.Module):
         """In words."""
         return f"depth {self.depth}"
 
+    def quantizable(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and weights that may be quantized: of every convolution and of the classifier, but not those of the shortcuts,
+        whose 1x1 convolutions stay in full precision in every mode."""
+        layers = [(name, layer) for name, layer in self.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        return [(f"{name}.weight", layer.weight) for name, layer in layers if "downsample" not in name.split(".")]
+
 
 class CifarResNet(_ResNet):
     """ResNet for 32x32 images: three stages of n basic blocks with 16, 32 and 64 maps; depth 6n+2.

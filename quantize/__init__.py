@@ -1,51 +1,80 @@
-"""Training of quantized networks with proximal operators.
+"""Training of quantized networks with proximal operators: quantizer x pull x place, in any combination.
 
-The method lives here and knows nothing of data sets, command lines or particular networks. One training step is, with ``w`` the
-latent weights of the quantized layers, ``Q`` the hard quantizer, ``r`` a rate, ``e`` the epoch counted from 0 and ``lr`` the
-learning rate of the step:
+The method lives here and knows nothing of data sets, command lines or particular networks. A quantizer Q gives each weight one of
+few values, a pull P moves weights toward them at a strength t, and the place says where the gradient is taken. One step:
 
-    ============== ======================= ======================================= =================== ==============
-    mode           gradient is taken at    update                                  strength            hard quantizer
-    ============== ======================= ======================================= =================== ==============
-    lazy           prox_binary_s(w)        w <- clip(w - step)                     s = r (constant)    binarize
-    prox           w                       w <- clip(prox_binary_t(w - step))      t = lr * r * e      binarize
-    prox_ternary   w                       w <- clip(prox_ternary_t(w - step))     t = lr * r * e      ternarize
-    ============== ======================= ======================================= =================== ==============
+    eager:  w <- clip(P_t(w - step))                       the gradient is taken at w, which the model shows
+    lazy:   w <- clip(w - step)                            the gradient is taken at P_t(w), which the model shows
 
-``step`` is whatever the base optimizer (SGD, Adam, ...) does with the gradient, ``clip`` is to [-1, 1].
+``step`` is whatever the base optimizer (SGD, Adam, ...) does with the gradient; ``clip`` to [-1, 1] is done with some quantizers.
+With ``r`` a rate, ``e`` the epoch counted from 0, ``lr`` the learning rate and ``p`` the share of the way to the freeze:
 
-Where to read on: ``selectors`` (which parameters), ``quantizers`` (to what), ``proximal`` (how), ``modes`` (the table above as
-objects), ``optimizer`` (the step itself), ``metrics`` (what is watched), ``side_by_side`` (many tensors in one buffer), ``packing``
-(the finished network as a file of bits) and ``codes`` (one tensor of it).
+    ============== ============================ ================= ===== ============================= =====
+    mode           quantizer                    pull              place strength t                    clip
+    ============== ============================ ================= ===== ============================= =====
+    lazy           binary                       soft              lazy  r                             yes
+    prox           binary                       soft              eager lr * r * e                    yes
+    prox_ternary   ternary                      quadratic         eager lr * r * e                    yes
+    prox_median    greedy_median                soft              eager lr * r * e                    yes
+    ttq            learned                      hard              lazy  -                             no
+    stoch_bin      binary, shown as stochastic  hard              lazy  -                             yes
+    prox_alt       alternating (any)            quadratic, thrice eager lr * r * e                    no
+    lazy_alt       alternating (any)            hard              lazy  -                             no
+    parq           binary (any)                 piecewise affine  lazy  slope from 1 to 0 with p      yes
+    binary_relax   binary (any)                 quadratic         lazy  p / (1 - p)                   yes
+    prox_connect   binary (any)                 soft              lazy  r * e                         yes
+    ============== ============================ ================= ===== ============================= =====
+
+Where to read on: ``selectors`` (which parameters), ``quantizers`` and ``multibit`` (to what), ``pulls`` (how), ``modes`` (the
+table above as objects), ``optimizer`` (what a user holds) and ``projection`` (the step itself), ``metrics`` (what is watched),
+``packing`` (the finished network as a file of bits) and ``codes`` (one tensor of it). How it is fast: ``groups`` (levels by tensor
+and by row) and ``blocks`` (in place, in pieces of cache size).
 
 Source: Bai, Wang, Liberty: "ProxQuant: Quantized Neural Networks via Proximal Operators", ICLR 2019.
 """
 
 from quantize.metrics import binary_level, measure, quantization_error, sign_change
-from quantize.modes import FULL_PRECISION, MODES, ProjectionMode
+from quantize.modes import FULL_PRECISION, MODES, QUANTIZERS, ProjectionMode, mode
+from quantize.multibit import alternating, greedy_mean, greedy_median, uniform
 from quantize.optimizer import ProjectedOptimizer
 from quantize.packing import PackedError, load_packed, save_packed
-from quantize.proximal import prox_binary, prox_ternary
-from quantize.quantizers import binarize, ternarize
-from quantize.selectors import quantizable_layers, select_all_layers, select_inner_layers
+from quantize.projection import NotFinite
+from quantize.pulls import piecewise_affine, prox_binary, prox_ternary, quadratic, soft
+from quantize.quantizers import Quantizer, binarize, learned_ternary, ternarize
+from quantize.saving import latent_in
+from quantize.selectors import explain, quantizable_layers, select_all_layers, select_inner_layers
 
 __all__ = [
     "FULL_PRECISION",
     "MODES",
+    "QUANTIZERS",
+    "NotFinite",
     "PackedError",
     "ProjectedOptimizer",
     "ProjectionMode",
+    "Quantizer",
+    "alternating",
     "binarize",
     "binary_level",
+    "explain",
+    "greedy_mean",
+    "greedy_median",
+    "latent_in",
+    "learned_ternary",
     "load_packed",
     "measure",
+    "mode",
+    "piecewise_affine",
     "prox_binary",
     "prox_ternary",
+    "quadratic",
     "quantizable_layers",
     "quantization_error",
     "save_packed",
     "select_all_layers",
     "select_inner_layers",
     "sign_change",
+    "soft",
     "ternarize",
+    "uniform",
 ]

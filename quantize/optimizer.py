@@ -1,32 +1,38 @@
 """The wrapped optimizer: any torch optimizer, with a projection around each of its steps."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantize.modes import FULL_PRECISION, ProjectionMode
-from quantize.side_by_side import SideBySide
+from quantize import saving
+from quantize.checks import Pairs, check, groups_of
+from quantize.modes import ProjectionMode
+from quantize.projection import Projection
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
     """Trains the given parameters toward quantized values; the model itself knows nothing of it.
 
-    Between two calls the model always holds the weights that the next forward pass should use: the latent weights, or their
-    projection in a mode that takes the gradient there (``lazy``; the latent ones are then kept in here).
+    Between two calls the model always holds the weights that the next forward pass should use: the latent weights, or in a lazy
+    mode their projection (the latent ones are then kept in here). Weights that are written into the model from outside
+    (``model.load_state_dict``) become the latent ones.
 
     Args:
-        base_optimizer: any ``torch.optim`` optimizer over (at least) the quantized parameters. One that evaluates its closure
-            several times within a step (LBFGS) is not supported.
-        named_parameters: the parameters to quantize, as ``(name, parameter)``; usually ``mode.select(model)``.
-        mode: one of ``quantize.MODES``, or your own.
+        base_optimizer: any ``torch.optim`` optimizer over (at least) the quantized parameters.
+        named_parameters: the parameters to quantize, as ``(name, parameter)``, usually ``mode.select(model)``; or for several
+            modes in one network a list of ``(pairs, mode)``. Parameters with ``requires_grad=False`` are left alone.
+        mode: one of ``quantize.MODES``, or your own; left out where the modes stand beside their pairs.
         capturable: True keeps the strength on the parameters' device, so that a step recorded as a CUDA graph follows
             ``set_strength``. The base optimizer must be capturable too, its learning rates tensors on that device.
+        seed: of what stochastic modes draw.
 
     Raises:
+        TypeError: if an argument is of another kind.
         ValueError: if there is nothing to quantize, a name or a parameter comes twice, a parameter is not one of the base
             optimizer's, or it does not hold floating-point numbers.
     """
@@ -34,20 +40,21 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         base_optimizer: torch.optim.Optimizer,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
-        mode: ProjectionMode,
+        named_parameters: Pairs | Sequence[tuple[Pairs, ProjectionMode]],
+        mode: ProjectionMode | None = None,
         capturable: bool = False,
+        seed: int = 0,
     ) -> None:
         # torch.optim.Optimizer.__init__ is left out: param_groups, state and defaults are the base optimizer's own.
-        named = list(named_parameters)
-        _check_parameters(named, mode)
-        self.mode = mode
+        self._make_hooks()
+        groups = groups_of(named_parameters, mode)
+        check(base_optimizer, groups, capturable)
+        self.modes = tuple(mode for _, mode in groups)
         self.frozen = False
-        self._parameters = dict(named)
-        self._showing_quantized = False
+        self._projections = [Projection(pairs, mode, capturable, seed + number) for number, (pairs, mode) in enumerate(groups)]
+        self._hidden: list[list[Tensor]] | None = None  # inside hard_quantized(): the weights in training
         self.base_optimizer = base_optimizer
-        self._buckets = [_Bucket(group, capturable) for group in _by_device_and_dtype(named)]
-        self.set_strength(mode.default_rate)
+        self.set_strength([mode.strength() for mode in self.modes])
 
     # What users of a torch optimizer expect.
 
@@ -62,60 +69,98 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     @base_optimizer.setter
     def base_optimizer(self, base_optimizer: torch.optim.Optimizer) -> None:
-        group_of = {id(p): index for index, group in enumerate(base_optimizer.param_groups) for p in group["params"]}
-        missing = [name for name, parameter in self._parameters.items() if id(parameter) not in group_of]
-        if missing and not self.frozen:
-            raise ValueError(f"the base optimizer does not hold the parameter {missing[0]!r}, which is to be quantized")
+        if not self.frozen:
+            held = {id(parameter) for group in base_optimizer.param_groups for parameter in group["params"]}
+            missing = [name for name, parameter in self._named() if id(parameter) not in held]
+            if missing:
+                raise ValueError(
+                    f"the base optimizer does not hold the parameter {missing[0]!r}, which is to be quantized: give it to the "
+                    "optimizer too, or set its requires_grad to False, or leave it out of the pairs"
+                )
         self._base_optimizer = base_optimizer
-        self._group_of = group_of
         if self.frozen:
-            self._take_out_frozen()
+            self._keep_frozen_out()
+
+    @property
+    def mode(self) -> ProjectionMode:
+        """The mode; of several the first."""
+        return self.modes[0]
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's parameter groups."""
         return self._base_optimizer.param_groups
 
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._base_optimizer.param_groups = groups
+
     @property
     def state(self) -> dict[Tensor, Any]:
-        """The base optimizer's state by parameter."""
+        """The base optimizer's state by parameter. Latent weights and learned levels are apart: ``latent``, ``levels``."""
         return self._base_optimizer.state
+
+    @state.setter
+    def state(self, state: dict[Tensor, Any]) -> None:
+        self._base_optimizer.state = state
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The base optimizer's default settings."""
         return self._base_optimizer.defaults
 
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._base_optimizer.defaults = defaults
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``."""
         self._base_optimizer.zero_grad(set_to_none=set_to_none)
+        if self.frozen:
+            self._hold_frozen_still()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group to the base optimizer. Its parameters are trained, not quantized."""
         self._base_optimizer.add_param_group(param_group)
 
+    def __repr__(self) -> str:
+        words = ", ".join(f"{projection.mode.name} on {len(projection.parameters)} tensors" for projection in self._projections)
+        return f"ProjectedOptimizer({words}{', frozen' if self.frozen else ''}) around {self._base_optimizer!r}"
+
     # The method.
 
     @property
     def strength(self) -> float:
-        """Strength of the projection, before the learning rate scales it (where the mode has it scaled)."""
-        return self._strength
+        """Strength of the projection, before the learning rate scales it (where the mode has it scaled); of several the first."""
+        return self._projections[0].strength
 
-    def set_strength(self, strength: float) -> None:
-        """Sets the strength of the projection; in a mode with latent weights apart, the model is projected with it at once.
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The strength of each of several modes."""
+        return tuple(projection.strength for projection in self._projections)
+
+    @torch.no_grad()
+    def set_strength(self, strength: float | Sequence[float]) -> None:
+        """Sets the strength of the projection, of several modes each one's; in a lazy mode the model is projected with it at once.
 
         Raises:
-            ValueError: if the strength is negative or not finite.
+            ValueError: if a strength is negative or not a number, or infinite in a mode that has no limit there.
         """
-        if not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(f"the strength of a projection is a finite number >= 0, not {strength}")
         self._refuse_while_quantized("set_strength()")
-        self._hold(float(strength))
+        strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(self._projections)
+        if len(strengths) != len(self._projections):
+            raise ValueError(f"{len(strengths)} strengths for {len(self._projections)} modes")
+        for value, mode in zip(strengths, self.modes, strict=True):
+            if math.isnan(value) or value < 0 or (math.isinf(value) and not mode.schedule.every_step):
+                raise ValueError(f"the strength of a projection is a finite number >= 0, not {value}")
+        self._take_over()
+        for projection, value in zip(self._projections, strengths, strict=True):
+            projection.hold(float(value))
         self._show()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One step of the base optimizer on the latent weights, with the mode's projection and the clip to [-1, 1].
+        """One step of the base optimizer on the latent weights, with the mode's projection and clip, see the package's table.
 
         Args:
             closure: evaluates the model and returns the loss, as in torch; called once, at the weights that the model shows.
@@ -126,64 +171,87 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.frozen:
+            self._hold_frozen_still()
             self._base_optimizer.step()
             return loss
-        for bucket in self._buckets:
-            if self.mode.latent_apart:
-                bucket.store(bucket.rows)
+        rates = self._rates()
+        for projection in self._projections:
+            projection.before_step(rates)
         self._base_optimizer.step()
-        for bucket in self._buckets:
-            bucket.load()
-            if self.mode.latent_apart:
-                bucket.rows.clamp_(-1.0, 1.0)
-                bucket.store(self._project(bucket))
-            else:
-                bucket.store(self._project(bucket).clamp_(-1.0, 1.0))
+        for projection in self._projections:
+            projection.after_step(rates)
+        torch.clear_autocast_cache()
         return loss
 
     @property
     def projecting(self) -> bool:
         """True while something is being quantized: parameters are selected and not frozen yet."""
-        return bool(self._parameters) and not self.frozen
+        return not self.frozen and any(projection.parameters for projection in self._projections)
 
     @property
     def latent(self) -> dict[str, Tensor]:
-        """The latent weights by name: this wrapper's own where they are apart from the model's, else the model's weights."""
-        if self.mode.latent_apart and not self.frozen:
-            return {name: view for bucket in self._buckets for name, view in bucket.latent_views()}
-        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+        """The latent weights by name: this wrapper's own in a lazy mode, else the model's weights (those in training, also inside
+        ``hard_quantized()``)."""
+        found = {}
+        for number, projection in enumerate(self._projections):
+            if self.frozen:
+                weights = projection.parameters
+            elif self._hidden is None:
+                weights = projection.current(self._rates())
+            else:
+                weights = projection.latent if projection.mode.lazy else self._hidden[number]
+            found |= {name: weight.detach() for name, weight in zip(projection.names, weights, strict=True)}
+        return found
+
+    @property
+    def levels(self) -> dict[str, Tensor]:
+        """Learned levels by name, ``(2,)``: the positive and the negative one. Empty in modes that learn none."""
+        return {name: level for one in self._projections if one.levels for name, level in zip(one.names, one.levels, strict=True)}
 
     @torch.no_grad()
     def quantized(self) -> dict[str, Tensor]:
-        """The hard quantization of the latent weights, by name; once frozen, the weights themselves."""
-        if self.frozen or self._showing_quantized:
-            return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        """The hard quantization of the latent weights, by name; once frozen, the weights themselves.
+
+        Raises:
+            NotFinite: if a weight is not a finite number.
+        """
+        if self.frozen or self._hidden is not None:
+            return {name: parameter.detach().clone() for name, parameter in self._named()}
         found = {}
-        for bucket in self._buckets:
-            found.update(zip(bucket.names, bucket.layout.views(self._hard_quantize(bucket)), strict=True))
-        return {name: found[name] for name in self._parameters}
+        for projection in self._projections:
+            places = [torch.empty_like(parameter, requires_grad=False) for parameter in projection.parameters]
+            projection.hard_quantize(places, self._rates())
+            found |= dict(zip(projection.names, places, strict=True))
+        return found
 
     @contextmanager
     def hard_quantized(self) -> Iterator[None]:
         """A context in which the model holds its hard-quantized weights; afterwards it is as before, to the last bit.
 
         Once frozen, or inside another such context, nothing is left to do. A step in here is refused.
+
+        Raises:
+            NotFinite: if a weight is not a finite number.
         """
-        if self.frozen or self._showing_quantized:
+        if self.frozen or self._hidden is not None:
             yield
             return
-        shown = [[parameter.detach().clone() for parameter in bucket.parameters] for bucket in self._buckets]
         with torch.no_grad():
-            for bucket in self._buckets:
-                bucket.store(self._hard_quantize(bucket))
-        self._showing_quantized = True
+            self._check_finite()
+            hidden = [[parameter.detach().clone() for parameter in one.parameters] for one in self._projections]
+            rates = self._rates()
+            for projection in self._projections:
+                projection.hard_quantize(projection.parameters, rates)
+            self._hidden = hidden
+        torch.clear_autocast_cache()
         try:
             yield
         finally:
-            self._showing_quantized = False
             with torch.no_grad():
-                for bucket, weights in zip(self._buckets, shown, strict=True):
-                    torch._foreach_copy_(bucket.parameters, weights)
+                for projection, weights in zip(self._projections, self._hidden, strict=True):
+                    projection.put(weights)
+                self._hidden = None
+            torch.clear_autocast_cache()
 
     @torch.no_grad()
     def freeze(self) -> None:
@@ -191,156 +259,135 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
         They lose their gradient and ``requires_grad``, and the base optimizer drops them with their state, so that neither
         momentum nor weight decay can move them. ``step()`` goes on for the rest. Freezing twice is harmless.
+
+        Raises:
+            NotFinite: if a weight is not a finite number; nothing is changed then.
         """
         self._refuse_while_quantized("freeze()")
         if self.frozen:
             return
-        for bucket in self._buckets:
-            bucket.store(self._hard_quantize(bucket))
+        self._check_finite()
+        rates = self._rates()
+        for projection in self._projections:
+            projection.hard_quantize(projection.parameters, rates)
         self._end_projection()
 
-    # Saving and loading.
+    # Saving, loading and copying.
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next step depends on, but for the model's own weights: tensors and plain values only."""
-        apart = self.mode.latent_apart and not self.frozen
-        return {
-            "mode": self.mode.name,
-            "strength": self._strength,
-            "frozen": self.frozen,
-            "latent": {name: weight.clone() for name, weight in self.latent.items()} if apart else {},
-            "base_optimizer": self._base_optimizer.state_dict(),
-        }
+        """Everything that the next step depends on, but for the model's own weights, in the layout of every torch optimizer.
+
+        Latent weights and learned levels are among each parameter's state (``latent``, ``levels``), what holds for all in each
+        parameter group (``projection``: mode, strength, draws, frozen, one after the other where there are several modes).
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        latent = self.latent
+        content = saving.to_torch(self._base_optimizer.state_dict(), self.param_groups, self._projections, latent, self.frozen)
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            changed = hook(self, content)
+            content = content if changed is None else changed
+        return content
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a ``state_dict``. The model's weights are the model's to load, before or after.
+        """Takes over a ``state_dict``, whole or not at all. The model's weights are the model's to load, before or after.
 
         Raises:
-            ValueError: if it is of another mode or other parameters, or of a run not yet frozen while this one is.
+            ValueError: if it is of another mode or other parameters, of a run not yet frozen while this one is, or of an optimizer
+                that was not wrapped.
         """
         self._refuse_while_quantized("load_state_dict()")
-        if state_dict["mode"] != self.mode.name:
-            raise ValueError(f"the state is of projection mode {state_dict['mode']!r}, this optimizer is of {self.mode.name!r}")
-        if self.frozen and not state_dict["frozen"]:
-            raise ValueError("the state is of a run before its freeze, and this optimizer is frozen")
-        latent = state_dict["latent"]
-        if self.mode.latent_apart and not state_dict["frozen"]:
-            shapes = {name: tuple(parameter.shape) for name, parameter in self._parameters.items()}
-            if {name: tuple(weight.shape) for name, weight in latent.items()} != shapes:
-                raise ValueError("the state's latent weights differ in name or shape from this optimizer's parameters")
-        if state_dict["frozen"]:
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        found = saving.from_torch(state_dict, self._projections, self.param_groups, self.frozen)
+        groups = [dict(group) for group in self.param_groups]
+        state = dict(self.state)
+        try:
+            if found.frozen:
+                self._keep_frozen_out()
+            self._base_optimizer.load_state_dict(found.base)
+        except Exception:
+            for group, before in zip(self.param_groups, groups, strict=True):
+                group.clear()
+                group.update(before)
+            self.state.clear()
+            self.state.update(state)
+            raise
+        if found.frozen:
             self._end_projection()
-        self._base_optimizer.load_state_dict(state_dict["base_optimizer"])
-        self._hold(state_dict["strength"])
-        if self.mode.latent_apart and not self.frozen:
-            for bucket in self._buckets:
-                for name, view in bucket.latent_views():
-                    view.copy_(latent[name])
+        for projection, content in zip(self._projections, found.projections, strict=True):
+            projection.load(*content)
         self._show()
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without hooks, as torch's optimizers, and without a scheduler's patch of step.
+        kept = ("modes", "frozen", "_projections", "_hidden", "_base_optimizer")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._make_hooks()
 
     # Inside.
 
-    def _hold(self, strength: float) -> None:
-        self._strength = strength
-        for bucket in self._buckets:
-            bucket.hold(strength)
+    def _make_hooks(self) -> None:
+        for name in ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
+        self._patch_step_function()  # torch's: step() then calls its hooks
 
-    @torch.no_grad()
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [pair for one in self._projections for pair in zip(one.names, one.parameters, strict=True)]
+
+    def _rates(self) -> dict[int, float | Tensor]:
+        """The learning rate of each parameter, by its identity."""
+        return {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
+
+    def _take_over(self) -> None:
+        """Weights that were written into the model from outside become the latent ones."""
+        if not self.frozen and self._hidden is None:
+            rates = self._rates()
+            for projection in self._projections:
+                projection.take_over(rates)
+
     def _show(self) -> None:
-        """Puts the projected weights into the model, in a mode that keeps the latent ones apart."""
-        if self.mode.latent_apart and not self.frozen:
-            for bucket in self._buckets:
-                bucket.store(self._project(bucket))
+        """Puts the projected weights into the model, in lazy modes."""
+        if not self.frozen:
+            rates = self._rates()
+            for projection in self._projections:
+                projection.show(rates)
+        torch.clear_autocast_cache()
 
-    def _project(self, bucket: "_Bucket") -> Tensor:
-        """The proximal operator at this step's strength."""
-        strength = bucket.strength
-        if self.mode.scaled_by_lr:
-            rates = [self.param_groups[self._group_of[id(parameter)]]["lr"] for parameter in bucket.parameters]
-            if all(rate is rates[0] or (not isinstance(rate, Tensor) and rate == rates[0]) for rate in rates):
-                strength = strength * rates[0]
-            else:
-                on_device = [torch.as_tensor(rate, dtype=torch.float64, device=bucket.rows.device) for rate in rates]
-                strength = bucket.layout.spread(strength * torch.stack(on_device), bucket.rows)
-        if isinstance(strength, float) and strength == 0:
-            return bucket.rows
-        return bucket.layout.apply(self.mode.prox, bucket.rows, strength, together=self.mode.side_by_side)
-
-    def _hard_quantize(self, bucket: "_Bucket") -> Tensor:
-        if not self.mode.latent_apart:
-            bucket.load()
-        return bucket.layout.apply(self.mode.hard_quantize, bucket.rows, together=self.mode.side_by_side)
+    def _check_finite(self) -> None:
+        for projection in self._projections:
+            projection.check_finite(self._rates())
 
     def _end_projection(self) -> None:
         self.frozen = True
-        self._buckets = []
-        for parameter in self._parameters.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        self._take_out_frozen()
+        for projection in self._projections:
+            projection.end()
+        self._hold_frozen_still()
+        self._keep_frozen_out()
+        torch.clear_autocast_cache()
 
-    def _take_out_frozen(self) -> None:
-        frozen = {id(parameter) for parameter in self._parameters.values()}
+    def _hold_frozen_still(self) -> None:
+        """Nobody's ``model.requires_grad_(True)`` makes frozen weights gather gradients again."""
+        for _, parameter in self._named():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def _keep_frozen_out(self) -> None:
+        frozen = {id(parameter) for _, parameter in self._named()}
         for group in self.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in frozen]
-        for parameter in self._parameters.values():
+        for _, parameter in self._named():
             self.state.pop(parameter, None)
 
     def _refuse_while_quantized(self, call: str) -> None:
-        if self._showing_quantized:
+        if self._hidden is not None:
             raise RuntimeError(f"{call} inside hard_quantized(): the model does not show the weights in training there")
-
-
-class _Bucket:
-    """Quantized parameters of one device and dtype, with their rows in one matrix: the latent weights, or working space.
-
-    Attributes:
-        strength: of the projection, before the learning rate scales it; a tensor on the device where that is asked for.
-    """
-
-    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], strength_on_device: bool) -> None:
-        self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
-        self.layout = SideBySide(self.parameters)
-        self.rows = self.layout.empty(self.parameters[0])
-        self.strength: float | Tensor = 0.0
-        if strength_on_device:
-            self.strength = torch.zeros((), dtype=torch.float64, device=self.rows.device)
-        self.load()
-
-    def hold(self, strength: float) -> None:
-        """Takes a new strength."""
-        if isinstance(self.strength, Tensor):
-            self.strength.fill_(strength)
-        else:
-            self.strength = strength
-
-    @torch.no_grad()
-    def load(self) -> None:
-        """Model to rows."""
-        torch._foreach_copy_(self.layout.views(self.rows), self.parameters)
-
-    def store(self, rows: Tensor) -> None:
-        """Rows to model."""
-        torch._foreach_copy_(self.parameters, self.layout.views(rows))
-
-    def latent_views(self) -> Iterator[tuple[str, Tensor]]:
-        return zip(self.names, self.layout.views(self.rows), strict=True)
-
-
-def _by_device_and_dtype(named: Sequence[tuple[str, nn.Parameter]]) -> list[list[tuple[str, nn.Parameter]]]:
-    groups: dict[tuple[torch.device, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in named:
-        groups.setdefault((parameter.device, parameter.dtype), []).append((name, parameter))
-    return list(groups.values())
-
-
-def _check_parameters(named: Sequence[tuple[str, nn.Parameter]], mode: ProjectionMode) -> None:
-    if not named and mode is not FULL_PRECISION:
-        raise ValueError("there is no parameter to quantize")
-    for position, (name, parameter) in enumerate(named):
-        if any(name == other or parameter is same for other, same in named[:position]):
-            raise ValueError(f"the parameter {name!r} is to be quantized twice")
-        if not parameter.is_floating_point():
-            raise ValueError(f"the parameter {name!r} is of dtype {parameter.dtype}: only floating-point weights can be quantized")

@@ -1,32 +1,211 @@
-"""Hard quantizers: the values that weights have in the finished network.
+"""Hard quantizers: the few values that weights have in the finished network.
 
-Each is a pure function of one weight tensor of any shape. ``within`` is for the optimizer, which passes many tensors side by
-side in one buffer and takes the means within each of them (see ``side_by_side``); a caller with one tensor leaves it out.
+A quantizer takes its levels from the weights of a group, a tensor or a row (``fit``), and then gives each weight one of them
+(``assign``). The functions at the end do both for one tensor. METHOD: sign of zero is +1 everywhere.
 """
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from quantize.side_by_side import ONE_TENSOR, Within
+from quantize.groups import Groups, OneTensor, Rows
+
+Fitted = tuple[Tensor, ...]  # a group's levels and thresholds, in shapes that broadcast against its weights
 
 
-def binarize(w: Tensor, within: Within = ONE_TENSOR) -> Tensor:
-    """sign(w) with a tie broken to +1, so that the result holds only -1 and +1 (section 3.1 of the paper)."""
-    # Adding zero turns -0.0 into +0.0, whose sign bit copysign reads.
-    return torch.copysign(torch.ones_like(w), w + 0.0)
+@dataclass(frozen=True)
+class Quantizer:
+    """What all quantizers have.
+
+    Attributes:
+        name: the word on the command line.
+        bits: log2 of the number of values, rounded up.
+        by_row: True where each row of a tensor, flattened to (first dimension, rest), has levels of its own.
+        takes_bits: whether other ``bits`` and ``by_row`` make sense.
+        clips: whether weights are kept in [-1, 1] while they are trained toward it.
+        spares_ends: whether the network's first and last layer stay in full precision.
+        given: what ``fit`` must be given beside the weights: "levels", a generator for a "draw", or nothing.
+    """
+
+    bits: int = 1
+    by_row: bool = False
+
+    name: ClassVar[str]
+    takes_bits: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
+    spares_ends: ClassVar[bool] = False
+    given: ClassVar[str] = ""
+
+    def fit(self, x: Groups, given: Any = None) -> Fitted:
+        """Levels and thresholds of each group."""
+        raise NotImplementedError
+
+    def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
+        """The level of each weight, elementwise; a new tensor of the same dtype."""
+        raise NotImplementedError
+
+    def levels(self, fitted: Fitted) -> list[Tensor]:
+        """The levels of each group in increasing order."""
+        raise NotImplementedError
+
+    def __call__(self, w: Tensor, given: Any = None) -> Tensor:
+        """Quantizes one tensor of any shape."""
+        rows = self.by_row and w.dim() > 0
+        x = Rows(w.reshape(len(w), -1) if w.numel() else w.new_empty(len(w), 0)) if rows else OneTensor([w])
+        return self.assign(x.pieces[0], self.fit(x, given)).view(w.shape)
 
 
-def ternarize(w: Tensor, within: Within = ONE_TENSOR) -> Tensor:
-    """Ternary quantizer in the manner of TWN: two levels and zero, all from the tensor itself (section 4 of the paper).
+@dataclass(frozen=True)
+class Binary(Quantizer):
+    """sign(w): -1 or +1 (section 3.1 of the paper)."""
+
+    name = "binary"
+    clips = True
+
+    def fit(self, x: Groups, given: Any = None) -> Fitted:
+        return ()
+
+    def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
+        # Adding zero turns -0.0 into +0.0, whose sign bit copysign reads.
+        return torch.copysign(torch.ones((), dtype=w.dtype, device=w.device), w + 0.0)
+
+    def levels(self, fitted: Fitted) -> list[Tensor]:
+        return [torch.tensor(-1.0), torch.tensor(1.0)]
+
+
+@dataclass(frozen=True)
+class Ternary(Quantizer):
+    """In the manner of TWN: two levels and zero, all from the weights themselves (section 4 of the paper).
 
     With D = 0.7 * mean|w|, entries >= D become the mean of those entries, entries <= -D the mean of those, the rest 0. The two
-    levels differ in general. A side without entries has no level; an all-zero tensor stays zero. Half-precision tensors are
+    levels differ in general. A side without entries has no level; an all-zero tensor stays zero. Half-precision weights are
     quantized in float32 and rounded at the end.
     """
-    x = w if w.dtype in (torch.float32, torch.float64) else w.float()
-    threshold = (0.7 * within.mean(x.abs())).to(x.dtype)
-    # Where 0.7 * mean|w| is too small to be represented, every entry but zero lies beyond it.
-    threshold = torch.maximum(threshold, torch.nextafter(torch.zeros_like(threshold), torch.ones_like(threshold)))
+
+    bits: int = 2
+
+    name = "ternary"
+    clips = True
+    spares_ends = True
+
+    def fit(self, x: Groups, given: Any = None) -> Fitted:
+        dtype = wide(x.pieces[0]).dtype
+        threshold = _above_zero((0.7 * x.mean(lambda w: wide(w).abs())).to(dtype))
+
+        def sides(w: Tensor) -> tuple[Tensor, ...]:
+            w = wide(w)
+            high, low = (w >= threshold).to(dtype), (w <= -threshold).to(dtype)
+            return w * high, high, w * low, low
+
+        high_sum, high_count, low_sum, low_count = x.sums(sides)
+        return threshold, (high_sum / high_count.clamp(min=1)).to(dtype), (low_sum / low_count.clamp(min=1)).to(dtype)
+
+    def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
+        return _ternary(w, *fitted)
+
+    def levels(self, fitted: Fitted) -> list[Tensor]:
+        _, high, low = fitted
+        return [low, torch.zeros_like(low), high]
+
+
+@dataclass(frozen=True)
+class LearnedTernary(Quantizer):
+    """Trained ternary quantization: two levels a tensor that are learned by gradient, and zero (Zhu et al., ICLR 2017).
+
+    Entries >= D become the positive level, entries <= -D the negative one, the rest 0, with D = 0.05 * max|w|.
+    """
+
+    bits: int = 2
+
+    name = "learned"
+    spares_ends = True
+    given = "levels"
+    start = (1.0, -1.0)  # positive, negative
+
+    def fit(self, x: Groups, given: Tensor | None = None) -> Fitted:
+        """``given``: the levels of each tensor, ``(tensors, 2)``."""
+        dtype = wide(x.pieces[0]).dtype
+        threshold = _above_zero((0.05 * x.max(lambda w: wide(w).abs())).to(dtype))
+        return threshold, x.spread(given[:, 0]).to(dtype), x.spread(given[:, 1]).to(dtype)
+
+    def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
+        return _ternary(w, *fitted)
+
+    def levels(self, fitted: Fitted) -> list[Tensor]:
+        _, positive, negative = fitted
+        return list(torch.stack([torch.zeros_like(positive), positive, negative]).sort(0).values)
+
+    def level_terms(self, gradient: Tensor, w: Tensor, fitted: Fitted) -> tuple[Tensor, Tensor]:
+        """What the gradients at the positive and at the negative level are the sums of, from that at the quantized weights."""
+        return gradient * (wide(w) >= fitted[0]), gradient * (wide(w) <= -fitted[0])
+
+    def pull_back(self, gradient: Tensor, w: Tensor, fitted: Fitted) -> Tensor:
+        """The gradient at the latent weights, from that at the quantized ones: scaled by the size of the level of each."""
+        threshold, positive, negative = fitted
+        x = wide(w)
+        scale = torch.where(x >= threshold, positive.abs(), torch.where(x <= -threshold, negative.abs(), 1.0))
+        return (gradient * scale).to(gradient.dtype)
+
+
+@dataclass(frozen=True)
+class StochasticBinary(Binary):
+    """+1 with probability clip((w + 1) / 2, 0, 1), else -1. For the gradient's place in training (BinaryConnect)."""
+
+    name = "stochastic"
+    given = "draw"
+
+    def fit(self, x: Groups, given: torch.Generator | None = None) -> Fitted:
+        """``given``: the generator that is drawn from."""
+        return (given,)
+
+    def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
+        drawn = torch.rand(w.shape, generator=fitted[0], dtype=torch.float32, device=w.device)
+        return torch.where(drawn < self.chance(w), 1.0, -1.0).to(w.dtype)
+
+    def chance(self, w: Tensor) -> Tensor:
+        """The probability of +1."""
+        return ((w + 1) / 2).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class ExponentialBinary(StochasticBinary):
+    """+1 with probability e^w / (e^w + e^-w), else -1."""
+
+    name = "exponential"
+
+    def chance(self, w: Tensor) -> Tensor:
+        """The probability of +1."""
+        return torch.sigmoid(2 * w)
+
+
+def _ternary(w: Tensor, threshold: Tensor, high_level: Tensor, low_level: Tensor) -> Tensor:
+    x = wide(w)
     high, low = (x >= threshold).to(x.dtype), (x <= -threshold).to(x.dtype)
-    levels = high * within.mean(x, high).to(x.dtype) + low * within.mean(x, low).to(x.dtype)
-    return levels.to(w.dtype)
+    return (high.mul_(high_level) + low.mul_(low_level)).to(w.dtype)
+
+
+def _above_zero(threshold: Tensor) -> Tensor:
+    """Where a threshold is too small to be represented, every entry but zero lies beyond it."""
+    return torch.maximum(threshold, torch.nextafter(torch.zeros_like(threshold), torch.ones_like(threshold)))
+
+
+def wide(w: Tensor) -> Tensor:
+    """In float32 where it is narrower."""
+    return w if w.dtype in (torch.float32, torch.float64) else w.float()
+
+
+def binarize(w: Tensor) -> Tensor:
+    """sign(w) with a tie broken to +1, so that the result holds only -1 and +1; see ``Binary``."""
+    return Binary()(w)
+
+
+def ternarize(w: Tensor) -> Tensor:
+    """Two levels and zero, from the tensor itself; see ``Ternary``."""
+    return Ternary()(w)
+
+
+def learned_ternary(w: Tensor, positive: float, negative: float) -> Tensor:
+    """The levels of trained ternary quantization; see ``LearnedTernary``."""
+    return LearnedTernary()(w, torch.tensor([[positive, negative]], dtype=wide(w).dtype, device=w.device))

@@ -1,36 +1,137 @@
 """Which parameters are quantized.
 
 A selector takes a network and returns ``(qualified name, parameter)`` pairs in the order of the network. Layers are found by
-their type and not by their name, so that a prefix that a wrapper puts before the names changes nothing.
+their type and not by their name, so that a prefix that a wrapper puts before the names changes nothing. A network that knows
+better says so itself: a module with a method ``quantizable()``, which returns such pairs with names of its own, is asked.
 """
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from torch import nn
+from torch.nn.utils import parametrize
+
+if TYPE_CHECKING:
+    from quantize.modes import ProjectionMode
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
-_LAYERS_WITH_WEIGHTS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_ONE_WEIGHT = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS)
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
-def quantizable_layers(model: nn.Module) -> NamedParameters:
-    """The weights of all convolutional and linear layers but those of residual shortcuts.
+def quantizable_layers(model: nn.Module, embeddings: bool = False) -> NamedParameters:
+    """The weights that a network multiplies with: of linear, convolutional and transposed convolutional layers, every weight matrix
+    of LSTM, GRU and RNN layers, and the projections of multi-head attention.
 
-    A shortcut is whatever has ``downsample`` as one part of its qualified name (torchvision's naming): its 1x1 convolution stays
-    in full precision in every mode. Biases and normalization layers are never quantized. A weight that two layers share is listed
-    once, under its first name.
+    Biases and normalization layers are never among them, embeddings where asked for. A weight that two layers share is listed once,
+    under its first name. A weight under a parametrization is represented by the parameter that it is computed from.
+
+    Raises:
+        ValueError: if a weight is computed from several parameters (weight normalization, say), none of which stands for it.
     """
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for prefix, layer in model.named_modules():
-        if isinstance(layer, _LAYERS_WITH_WEIGHTS) and "downsample" not in prefix.split("."):
-            name = f"{prefix}.weight" if prefix else "weight"
-            found.setdefault(id(layer.weight), (name, layer.weight))
+    for name, parameter in walk(model, embeddings=embeddings):
+        if isinstance(parameter, str):
+            raise ValueError(f"{name} {parameter}")
+        found.setdefault(id(parameter), (name, parameter))
     return list(found.values())
 
 
 def select_all_layers(model: nn.Module) -> NamedParameters:
-    """Rule of the binary modes: every convolution, the first one too, and the classifier's weight (METHOD: ``fc.weight``)."""
+    """Rule of the binary modes: every layer, the first one too, and the classifier's weight (METHOD: ``fc.weight``)."""
     return quantizable_layers(model)
 
 
 def select_inner_layers(model: nn.Module) -> NamedParameters:
     """Rule of the ternary modes: as the binary rule, but the network's first and last layer stay in full precision."""
     return quantizable_layers(model)[1:-1]
+
+
+def explain(model: nn.Module, mode: "ProjectionMode") -> dict[str, str]:
+    """Prints, for every parameter of a network, "quantized" or the reason why it is not; returns the same by name."""
+    found = reasons(model, mode)
+    width = max(map(len, found), default=0)
+    print("\n".join(f"{name:{width}}  {reason}" for name, reason in found.items()))
+    return found
+
+
+def reasons(model: nn.Module, mode: "ProjectionMode") -> dict[str, str]:
+    """For every parameter of a network "quantized", or the reason why it is not."""
+    layers, refused = {}, {}
+    for name, parameter in walk(model):
+        if isinstance(parameter, str):
+            refused[name] = parameter
+        else:
+            layers.setdefault(id(parameter), name)
+    selected = {id(parameter) for _, parameter in mode.select(model)} if not refused else set(layers)
+    asking = [
+        name + "." if name else "" for name, module in model.named_modules() if callable(getattr(module, "quantizable", None))
+    ]
+    found = {}
+    for prefix, module in model.named_modules():
+        for own, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            layer = type(module).__name__
+            if id(parameter) in selected and parameter.requires_grad:
+                reason = "quantized"
+            elif not parameter.requires_grad and id(parameter) in layers:
+                reason = "left as it is: requires_grad is False"
+            elif id(parameter) in layers:
+                reason = f"in full precision: the network's first or last layer, which {mode.name} spares"
+            elif any(own.startswith(one) for one in asking):
+                reason = "in full precision: the network says so (its method quantizable())"
+            elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                reason = "in full precision: an embedding is quantized only where asked, quantizable_layers(model, embeddings=True)"
+            elif own.rpartition(".")[2].startswith("bias") or own.endswith("_bias"):
+                reason = "in full precision: a bias"
+            else:
+                reason = f"in full precision: {layer} is no layer that multiplies with weights"
+            found[own] = reason
+    for name, reason in refused.items():
+        found[name] = f"refused: {reason}"
+    return found
+
+
+def walk(module: nn.Module, prefix: str = "", embeddings: bool = False) -> Iterator[tuple[str, nn.Parameter | str]]:
+    """Names with the parameters that ``quantizable_layers`` finds, or with the reason why there is none to quantize."""
+    quantizable = getattr(module, "quantizable", None)
+    if callable(quantizable):
+        yield from ((prefix + name, parameter) for name, parameter in quantizable())
+        return
+    for attribute in _weights_of(module, embeddings):
+        yield _parameter_of(module, attribute, prefix)
+    for name, child in module.named_children():
+        if name != "parametrizations":
+            yield from walk(child, f"{prefix}{name}.", embeddings)
+
+
+def _weights_of(module: nn.Module, embeddings: bool) -> list[str]:
+    """The attributes of a layer that hold weights to multiply with."""
+    if isinstance(module, _ONE_WEIGHT) or (embeddings and isinstance(module, (nn.Embedding, nn.EmbeddingBag))):
+        return ["weight"]
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        names = [*dict(module.named_parameters(recurse=False)), *getattr(module, "parametrizations", {})]
+        return [name for name in names if name.startswith("weight_")]
+    if isinstance(module, nn.MultiheadAttention):  # its out_proj is a linear layer of its own
+        return [name for name in _ATTENTION if getattr(module, name, None) is not None]
+    return []
+
+
+def _parameter_of(module: nn.Module, attribute: str, prefix: str) -> tuple[str, nn.Parameter | str]:
+    if parametrize.is_parametrized(module, attribute):
+        behind = module.parametrizations[attribute]
+        if hasattr(behind, "original"):
+            return f"{prefix}parametrizations.{attribute}.original", behind.original
+        kinds = ", ".join(type(one).__name__.lstrip("_") for one in behind)
+        return prefix + attribute, (
+            f"is computed by the parametrization {kinds} from several parameters, none of which can be quantized in its place: "
+            "remove it first (torch.nn.utils.parametrize.remove_parametrizations), or pass pairs without this layer"
+        )
+    weight = getattr(module, attribute)
+    if not isinstance(weight, nn.Parameter):
+        return prefix + attribute, (
+            "is computed anew in each forward pass and is no parameter (an old form of weight normalization?): remove that first "
+            "(torch.nn.utils.remove_weight_norm, remove_spectral_norm), or pass pairs without this layer"
+        )
+    return prefix + attribute, weight

@@ -7,6 +7,7 @@ augmentation of a batch follow from (seed, epoch, step) alone.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -97,25 +98,33 @@ class TrainingBatches:
         self.share = share
         self._seed, self._device, self._mirror = seed, device, mirror
         self._normalize = Normalize(device)
-        self._labels = torch.from_numpy(split.labels).to(device)
-        side = SIDE + 2 * PAD
-        framed = torch.zeros(self.samples, side, side, 3, dtype=torch.uint8, device=device)
-        framed[:, PAD:-PAD, PAD:-PAD] = torch.from_numpy(split.images).to(device)
-        self._side = side
-        # Entry (image row, dx) is the row's 32 pixels from column dx on, as a view: a crop is then 32 contiguous copies.
-        self._windows = framed.view(self.samples * side, side * 3).unfold(1, SIDE * 3, 3)
+        self._side = SIDE + 2 * PAD
         self._rows = torch.arange(SIDE, device=device)
+        self._split: Split | None = split
+
+    @cached_property
+    def _on_device(self) -> tuple[Tensor, Tensor]:
+        """Windows and labels, made where an epoch begins: an evaluation needs none of them there.
+
+        Entry (image row, dx) of the windows is the row's 32 pixels from column dx on, as a view: a crop is 32 contiguous copies.
+        """
+        split, self._split, side = self._split, None, self._side
+        framed = torch.zeros(self.samples, side, side, 3, dtype=torch.uint8, device=self._device)
+        framed[:, PAD:-PAD, PAD:-PAD] = torch.from_numpy(split.images).to(self._device)
+        windows = framed.view(self.samples * side, side * 3).unfold(1, SIDE * 3, 3)
+        return windows, torch.from_numpy(split.labels).to(self._device)
 
     def __len__(self) -> int:
         return -(-self.samples // self.batch_size)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch, from step ``start`` on."""
+        _, labels = self._on_device
         order, dy, dx, mirrored = self._draw(epoch)
         for first in range(start * self.batch_size, self.samples, self.batch_size):
             part = self.share.part(first, min(first + self.batch_size, self.samples))
             pixels = self._crop(order[part], dy[part], dx[part], mirrored[part])
-            yield self._normalize(pixels), self._labels[order[part]]
+            yield self._normalize(pixels), labels[order[part]]
 
     def _draw(self, epoch: int) -> tuple[Tensor, ...]:
         """The epoch's order, crop offsets and mirrorings, drawn on the CPU so that every device gets the same ones."""
@@ -127,7 +136,8 @@ class TrainingBatches:
 
     def _crop(self, images: Tensor, dy: Tensor, dx: Tensor, mirrored: Tensor) -> Tensor:
         rows = (images * self._side + dy)[:, None] + self._rows
-        pixels = self._windows[rows, dx[:, None].expand_as(rows)].view(-1, SIDE, SIDE, 3)
+        windows, _ = self._on_device
+        pixels = windows[rows, dx[:, None].expand_as(rows)].view(-1, SIDE, SIDE, 3)
         return torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
 
 

@@ -23,7 +23,7 @@ from utils import UsageError
 
 CPU = torch.device("cpu")
 RATE = 1 / 128  # one that float32 holds exactly
-MODES = [*quantize.MODES.values(), quantize.FULL_PRECISION]
+MODES = [*(mode for mode in quantize.MODES.values() if mode.drawn is None), quantize.FULL_PRECISION]
 # Their results, or the sizes of their results, are values that Python waits for.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount")
 

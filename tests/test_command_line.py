@@ -104,7 +104,7 @@ def test_a_quantized_run_from_start_to_end(place, mode_name, tmp_path):
     model = models.resnet("cifar10", 8)
     names = [name for name, _ in quantize.MODES[mode_name].select(model)]
     before, *after = (load(folder, f"checkpoint_epoch_{epoch}.pth.tar") for epoch in (3, 4, 5))
-    weights = {"lazy": before["optimizer"]["latent"]}.get(mode_name, before["state_dict"])
+    weights = quantize.latent_in(before["optimizer"]) or before["state_dict"]
     start = load(place["results"] / "fp", "model_best.pth.tar")["state_dict"]
     for content in after:
         for name, value in content["state_dict"].items():

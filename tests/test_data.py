@@ -378,3 +378,10 @@ def test_imagenet_faults(imagenet):
         load("imagenet", imagenet)
     with pytest.raises(UsageError, match="train/<class>"):
         load("imagenet", imagenet / "imagenet" / "val")
+
+
+def test_the_training_set_is_not_on_the_device_before_an_epoch_begins():
+    """An evaluation needs none of it there."""
+    split = Split(np.zeros((500, 32, 32, 3), np.uint8), np.zeros(500, np.int64))
+    source = batches.TrainingBatches(split, 50, 0, torch.device("meta"))
+    assert sum(value.numel() for value in vars(source).values() if isinstance(value, torch.Tensor)) < 500

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import utils
 from sources import batches
 from sources.images import Split
-from training.processes import ALONE, synchronized
+from training.processes import ALONE, check_synchronized, synchronized
 from utils import UsageError
 
 CPU = torch.device("cpu")
@@ -204,3 +204,11 @@ def test_each_process_takes_its_gpu(monkeypatch):
 def test_synchronized_statistics_need_gpus():
     with pytest.raises(UsageError, match="--sync_bn"):
         synchronized(torch.nn.BatchNorm2d(3), CPU)
+
+
+def test_synchronized_statistics_need_a_sample_in_every_process():
+    for samples, batch_size in ((80, 40), (82, 40), (3, 40), (81, 9)):
+        check_synchronized(samples, batch_size, 2)
+    for samples, batch_size in ((81, 40), (1, 40), (80, 1)):
+        with pytest.raises(UsageError, match=f"--sync_bn: of {samples} samples in batches of {batch_size}"):
+            check_synchronized(samples, batch_size, 2)

@@ -166,6 +166,7 @@ def test_what_cannot_be_packed_is_refused_by_name(tmp_path):
         model.bias[0] = float("nan")
     with pytest.raises(quantize.PackedError, match="'bias': it holds values that are not finite"):
         quantize.save_packed(tmp_path / "network", model, optimizer)
+    model.weight.requires_grad_(True)
     renamed = quantize.ProjectedOptimizer(torch.optim.SGD([model.weight], lr=0.1), [("other", model.weight)], mode)
     with pytest.raises(quantize.PackedError, match="'other'"):
         quantize.save_packed(tmp_path / "network", model, renamed)

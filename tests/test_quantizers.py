@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 import quantize
-from quantize.side_by_side import SideBySide
+from quantize.quantizers import ExponentialBinary, StochasticBinary
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
 tensors = st.lists(st.one_of(finite, st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, -0.5])), min_size=1, max_size=20)
@@ -108,28 +107,21 @@ def test_measure_is_the_metrics_by_name():
     assert quantize.measure({}, {}, {}) == {}
 
 
-@given(st.lists(st.integers(1, 700), min_size=1, max_size=6), st.integers(0, 2**31 - 1))
-def test_side_by_side_is_one_by_one(sizes, seed):
-    """Quantizing many tensors in one buffer gives what quantizing each alone gives."""
-    random = torch.Generator().manual_seed(seed)
-    tensors = [torch.randn(size, generator=random, dtype=torch.float64) for size in sizes]
-    strengths = torch.rand(len(sizes), generator=random, dtype=torch.float64).tolist()
-    layout = SideBySide(tensors)
-    rows = layout.empty(tensors[0])
-    torch._foreach_copy_(layout.views(rows), tensors)
-    for mode in quantize.MODES.values():
-        for together in (True, False):
-            quantized = layout.views(layout.apply(mode.hard_quantize, rows, together=together))
-            pulled = layout.views(layout.apply(mode.prox, rows, layout.spread(strengths, rows), together=together))
-            for w, q, v, strength in zip(tensors, quantized, pulled, strengths, strict=True):
-                torch.testing.assert_close(q, mode.hard_quantize(w), rtol=1e-14, atol=0)
-                torch.testing.assert_close(v, mode.prox(w, strength), rtol=1e-13, atol=1e-15)
+@given(st.integers(0, 2**31 - 1), st.floats(-2, 2), st.floats(-2, 2))
+def test_learned_levels_stand_beyond_their_threshold(seed, positive, negative):
+    w = torch.randn(30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    found = quantize.learned_ternary(w, positive, negative)
+    np.testing.assert_allclose(found.numpy(), plain.learned_ternary(w.numpy(), positive, negative), atol=1e-15)
+    assert torch.equal(quantize.learned_ternary(torch.zeros(3), positive, negative), torch.zeros(3))
 
 
-def test_side_by_side_keeps_the_memory_format():
-    weight = nn.Conv2d(8, 16, 3).to(memory_format=torch.channels_last).weight.detach()
-    layout = SideBySide([weight, weight.transpose(0, 1)])
-    views = layout.views(layout.empty(weight))
-    assert views[0].stride() == weight.stride()
-    views[1].copy_(weight.transpose(0, 1))
-    assert torch.equal(views[1], weight.transpose(0, 1))
+@pytest.mark.parametrize(("kind", "chance"), [(StochasticBinary, lambda w: min(max((w + 1) / 2, 0), 1)),
+                                              (ExponentialBinary, lambda w: np.exp(w) / (np.exp(w) + np.exp(-w)))])  # fmt: skip
+@pytest.mark.parametrize("w", [-1.5, -0.4, 0.0, 0.9])
+def test_signs_are_drawn_with_their_chance(kind, chance, w):
+    drawn = kind()(torch.full((40_000,), w), torch.Generator().manual_seed(0))
+    assert set(drawn.tolist()) <= {-1.0, 1.0}
+    share = (drawn > 0).float().mean().item()
+    assert share == pytest.approx(chance(w), abs=0.015)  # six standard deviations of 40,000 draws
+    again = kind()(torch.full((40_000,), w), torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)

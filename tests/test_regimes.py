@@ -137,3 +137,39 @@ def test_every_optimizer_takes_a_step(name):
     assert not torch.equal(weight, torch.ones(3))
     regimes.update_settings(optimizer, {"optimizer": name, "lr": 0.5})
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_sgd_that_is_asked_for_has_the_flags_momentum_and_decay_wherever_it_begins():
+    """One rule for --binary_regime with SGD, a change to SGD later, and what is said before."""
+    settings(resolve(binary_regime=True, optimizer="SGD"), 90, optimizer="SGD", lr=0.001, momentum=0.9, weight_decay=1e-4)
+    settings(resolve(binary_regime=True, optimizer="SGD", projected=True), 90, momentum=0.9, weight_decay=0.0)
+    later = {0: {"optimizer": "Adam", "lr": 0.01}, 5: {"optimizer": "SGD"}}
+    settings(resolve(regime=later), 4, optimizer="Adam", momentum=None, weight_decay=None)
+    settings(resolve(regime=later), 5, optimizer="SGD", momentum=0.9, weight_decay=1e-4)
+    settings(resolve(regime=later, projected=True), 5, momentum=0.9, weight_decay=0.0)
+    settings(resolve(regime=later, momentum=0.5), 4, momentum=None)
+    settings(resolve(regime=later, momentum=0.5), 5, momentum=0.5)
+    settings(resolve(regime=later, projected=True, weight_decay=3e-4), 5, weight_decay=3e-4)
+    there = {0: {"weight_decay": 5e-4, "momentum": 0.3}, 3: {"optimizer": "Adam"}, 5: {"optimizer": "SGD"}}
+    settings(resolve(regime=there), 5, momentum=0.9, weight_decay=5e-4)
+
+
+def test_a_networks_own_regime_says_all_that_it_needs():
+    plain = {0: {"optimizer": "SGD", "lr": 20.0}}
+    settings(resolve(plain), 3, momentum=None, weight_decay=None)
+    settings(resolve(plain, projected=True), 3, momentum=None, weight_decay=0.0)
+    settings(resolve(plain, momentum=0.5), 3, momentum=0.5)
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        ({"regime": {0: {"foo": 3}}}, "--regime: epoch 0: foo 3: SGD has no setting foo"),
+        ({"regime": {0: {"optimizer": "Rprop", "weight_decay": 1}}}, "--regime: epoch 0: weight_decay 1: Rprop has no setting"),
+        ({"optimizer": "Rprop", "weight_decay": 1.0}, "--weight-decay 1.0: Rprop has no setting weight_decay"),
+        ({"optimizer": "Adam", "momentum": 0.5}, "--momentum 0.5: Adam has no setting momentum"),
+    ],
+)
+def test_a_setting_is_told_as_what_the_user_wrote(typed, words):
+    with pytest.raises(UsageError, match=words):
+        resolve(**typed)

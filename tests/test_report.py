@@ -596,7 +596,8 @@ def test_histograms_of_checkpoints(tmp_path):
     latent = {epoch: torch.randn(500, generator=random) * epoch / 4 for epoch in range(1, 5)}
     for epoch, weight in latent.items():
         kept = {"fc.weight": weight} if epoch > 1 else {}  # where the latent weights are the model's own
-        content = {"state_dict": {"fc.weight": weight.sign() if epoch > 1 else weight}, "optimizer": {"latent": kept}}
+        shown = weight.sign() if epoch > 1 else weight
+        content = {"state_dict": {"fc.weight": shown}, "optimizer": {"latent": kept, "base_optimizer": {}}}
         checkpoints.save(folder / f"checkpoint_epoch_{epoch}.pth.tar", content)
     damage(folder, "checkpoint_epoch_3.pth.tar", b"damaged")
     checkpoints.save(folder / checkpoints.LATEST, {"state_dict": {}, "start_signs": {"fc.weight": torch.ones(1)}})

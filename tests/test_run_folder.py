@@ -237,3 +237,19 @@ def test_a_deleted_network_that_is_nowhere_else_is_said(train):
     again = train("run", *PROX)
     assert (again.status, (done.folder / "model_best.pth.tar").exists()) == (0, False)
     assert "model_best.pth.tar is gone, and the best network, after epoch 1, is in no other file" in again.out
+
+
+def test_two_runs_in_one_folder_of_curves_are_said(train):
+    assert train("one", "--tb_dir", "tb").facts()["warnings"] == []
+    assert train("one", "--tb_dir", "tb", "--epochs", 2).facts()["continued"][0]["warnings"] == []
+    (words,) = train("two", "--tb_dir", "tb", "--seed", 1).facts()["warnings"]
+    assert words.startswith("--tb_dir tb: events of another run")
+
+
+def test_images_that_were_trained_on_are_not_called_held_out(train, tiny_data, capsys):
+    folder = train("run", "--holdout", 30).folder
+    for held, seen in ((20, 0), (40, 10)):
+        assert main_binary_reg.main(["-e", str(folder), "--holdout", str(held), "--data_dir", str(tiny_data)]) == 0
+        said = capsys.readouterr().out
+        assert ("held out training images" in said) == (not seen)
+        assert (f"warning: --holdout {held}: 30 images were held out" in said) == bool(seen)

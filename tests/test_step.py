@@ -1,5 +1,10 @@
 """The wrapped step of every mode against a plain transcription of it, tensor by tensor, in float64."""
 
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import numpy as np
 import plain
 import pytest
@@ -9,8 +14,75 @@ from torch import nn
 
 import quantize
 
-PROX = {"lazy": plain.prox_binary, "prox": plain.prox_binary, "prox_ternary": plain.prox_ternary}
-HARD = {"lazy": plain.binarize, "prox": plain.binarize, "prox_ternary": plain.ternarize}
+
+class Plain(NamedTuple):
+    """A mode once more: quantizer, pull(w, quantizer, strength), place, clip, and whether the learning rate scales the strength."""
+
+    quantizer: Callable[[np.ndarray], np.ndarray]
+    pull: Callable[[np.ndarray, Callable, float], np.ndarray]
+    lazy: bool
+    clip: bool
+    scaled: bool
+    strength: float
+
+
+def soft(w, quantizer, strength):
+    return plain.soft(w, quantizer(w), strength)
+
+
+def quadratic(w, quantizer, strength):
+    return plain.quadratic(w, quantizer(w), strength)
+
+
+def quadratic_thrice(w, quantizer, strength):
+    result = w
+    for _ in range(3):
+        result = plain.quadratic(w, quantizer(result), strength)
+    return result
+
+
+def hard(w, quantizer, strength):
+    return quantizer(w)
+
+
+def toward_signs(w, quantizer, slope):
+    return plain.piecewise_affine(w, [-1.0, 1.0], slope)
+
+
+def toward_three(w, quantizer, slope):
+    return plain.piecewise_affine(w, sorted({*quantizer(w).ravel().tolist(), 0.0}), slope)
+
+
+def rows(quantizer, *arguments):
+    return lambda w: plain.by_row(quantizer, w, *arguments)
+
+
+PLAIN = {
+    "lazy": (quantize.mode("lazy"), Plain(plain.binarize, soft, True, True, False, 0.6)),
+    "prox": (quantize.mode("prox"), Plain(plain.binarize, soft, False, True, True, 1.5)),
+    "prox_ternary": (quantize.mode("prox_ternary"), Plain(plain.ternarize, quadratic, False, True, True, 1.5)),
+    "prox_median": (quantize.mode("prox_median"), Plain(plain.greedy_median, soft, False, True, True, 1.5)),
+    "prox_alt": (quantize.mode("prox_alt"), Plain(plain.alternating, quadratic_thrice, False, False, True, 1.5)),
+    "prox_alt by row": (
+        quantize.mode("prox_alt", bits=2, by_row=True),
+        Plain(rows(plain.alternating), quadratic_thrice, False, False, True, 1.5),
+    ),
+    "lazy_alt": (quantize.mode("lazy_alt"), Plain(plain.alternating, hard, True, False, False, 1.0)),
+    "lazy_alt by greedy means": (
+        quantize.mode("lazy_alt", "greedy_mean", 2, True),
+        Plain(rows(plain.greedy_mean, 2), hard, True, False, False, 1.0),
+    ),
+    "parq": (quantize.mode("parq"), Plain(plain.binarize, toward_signs, True, True, False, 0.4)),
+    "parq, ternary": (quantize.mode("parq", "ternary"), Plain(plain.ternarize, toward_three, True, True, False, 0.4)),
+    "binary_relax": (quantize.mode("binary_relax"), Plain(plain.binarize, quadratic, True, True, False, 0.8)),
+    "prox_connect": (quantize.mode("prox_connect"), Plain(plain.binarize, soft, True, True, False, 0.3)),
+    "prox_connect, uniform": (
+        quantize.mode("prox_connect", "uniform", 2),
+        Plain(lambda w: plain.uniform(w, 2), quadratic, True, False, False, 0.3),
+    ),
+}
+PROX = {name: of.pull for name, (_, of) in PLAIN.items()}
+HARD = {name: of.quantizer for name, (_, of) in PLAIN.items()}
 OPTIMIZERS = {
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3),
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
@@ -58,16 +130,24 @@ def assert_same(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-@pytest.mark.parametrize("mode_name", quantize.MODES)
-def test_twenty_steps_are_the_transcription(mode_name, optimizer_name):
-    strength = {"lazy": 0.6, "prox": 1.5, "prox_ternary": 1.5}[mode_name]
+@pytest.mark.parametrize("words", PLAIN)
+def test_twenty_steps_are_the_transcription(words, optimizer_name):
+    mode, of = PLAIN[words]
     model, reference = network(), network()
-    optimizer = wrap(model, mode_name, OPTIMIZERS[optimizer_name](model.parameters()))
-    optimizer.set_strength(strength)
+    optimizer = quantize.ProjectedOptimizer(OPTIMIZERS[optimizer_name](model.parameters()), mode.select(model), mode)
+    optimizer.set_strength(of.strength)
     base = OPTIMIZERS[optimizer_name.removeprefix("fused ")](reference.parameters())
-    names = {name for name, _ in quantize.MODES[mode_name].select(reference)}
+    names = {name for name, _ in mode.select(reference)}
     chosen = {name: parameter for name, parameter in reference.named_parameters() if name in names}
     latent = {name: parameter.detach().numpy().copy() for name, parameter in chosen.items()}
+
+    def put(weights):
+        with torch.no_grad():
+            for name, parameter in chosen.items():
+                parameter.copy_(torch.tensor(weights[name]))
+
+    def shown():
+        return {name: of.pull(w, of.quantizer, of.strength) if of.lazy else w for name, w in latent.items()}
 
     for step in range(20):
         optimizer.zero_grad()
@@ -75,35 +155,89 @@ def test_twenty_steps_are_the_transcription(mode_name, optimizer_name):
         optimizer.step()
 
         base.zero_grad()
-        with torch.no_grad():
-            for name, parameter in chosen.items():
-                shown = PROX[mode_name](latent[name], strength) if mode_name == "lazy" else latent[name]
-                parameter.copy_(torch.tensor(shown))
+        put(shown())
         backward(reference, step)
-        with torch.no_grad():
-            for name, parameter in chosen.items():
-                parameter.copy_(torch.tensor(latent[name]))
+        put(latent)
         base.step()
         for name, parameter in chosen.items():
             w = parameter.detach().numpy().copy()
-            if mode_name != "lazy":
-                w = PROX[mode_name](w, base.param_groups[0]["lr"] * strength)
-            latent[name] = np.clip(w, -1, 1)
-            with torch.no_grad():
-                parameter.copy_(torch.tensor(latent[name]))
+            if not of.lazy:
+                w = of.pull(w, of.quantizer, of.strength * (base.param_groups[0]["lr"] if of.scaled else 1))
+            latent[name] = np.clip(w, -1, 1) if of.clip else w
+        put(latent)
 
-    for name, parameter in reference.named_parameters():
-        expected = PROX[mode_name](latent[name], strength) if mode_name == "lazy" and name in names else parameter.detach().numpy()
-        np.testing.assert_allclose(
-            dict(model.named_parameters())[name].detach().numpy(), expected, rtol=0, atol=1e-12, err_msg=name
-        )
+    put(shown())
+    for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
     for name, weight in optimizer.latent.items():
         np.testing.assert_allclose(weight.numpy(), latent[name], rtol=0, atol=1e-12)
     with optimizer.hard_quantized():
         for name, w in latent.items():
-            np.testing.assert_allclose(
-                dict(model.named_parameters())[name].detach().numpy(), HARD[mode_name](w), rtol=0, atol=1e-12
-            )
+            found = dict(model.named_parameters())[name].detach().numpy()
+            np.testing.assert_allclose(found, of.quantizer(w), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_learned_levels_follow_their_gradient(optimizer_name):
+    """TTQ against autograd through the ternary weights as a function of the two levels, and its rule for the latent ones."""
+    model, reference = network(), network()
+    optimizer = wrap(model, "ttq", OPTIMIZERS[optimizer_name](model.parameters()))
+    base = OPTIMIZERS[optimizer_name.removeprefix("fused ")](reference.parameters())
+    (name, parameter), *others = quantize.MODES["ttq"].select(reference)
+    assert not others
+    latent, levels = parameter.detach().numpy().copy(), [1.0, -1.0]
+    for step in range(20):
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+
+        base.zero_grad()
+        with torch.no_grad():
+            parameter.copy_(torch.tensor(plain.learned_ternary(latent, *levels)))
+        backward(reference, step)
+        gradient = parameter.grad.numpy()
+        high, low = plain.learned_sides(latent)
+        parameter.grad = torch.tensor(gradient * np.where(high, abs(levels[0]), np.where(low, abs(levels[1]), 1.0)))
+        with torch.no_grad():
+            parameter.copy_(torch.tensor(latent))
+        base.step()
+        rate = base.param_groups[0]["lr"]
+        levels = [levels[0] - rate * gradient[high].sum(), levels[1] - rate * gradient[low].sum()]
+        latent = parameter.detach().numpy().copy()
+    np.testing.assert_allclose(optimizer.levels[name].numpy(), levels, atol=1e-12)
+    np.testing.assert_allclose(optimizer.latent[name].numpy(), latent, atol=1e-12)
+    expected = plain.learned_ternary(latent, *levels)
+    np.testing.assert_allclose(dict(model.named_parameters())[name].detach().numpy(), expected, atol=1e-12)
+    optimizer.freeze()
+    np.testing.assert_allclose(dict(model.named_parameters())[name].detach().numpy(), expected, atol=1e-12)
+    np.testing.assert_allclose(optimizer.levels[name].numpy(), levels, atol=1e-12)
+
+
+def test_drawn_signs_change_at_each_step_and_follow_from_the_seed():
+    def shown_over_steps(seed):
+        model = network()
+        mode = quantize.MODES["stoch_bin"]
+        base = torch.optim.SGD(model.parameters(), lr=0.01)
+        optimizer, found = quantize.ProjectedOptimizer(base, mode.select(model), mode, seed=seed), []
+        for step in range(4):
+            optimizer.zero_grad()
+            backward(model, step)
+            latent = {name: weight.clone() for name, weight in optimizer.latent.items()}
+            gradients = {name: parameter.grad.clone() for name, parameter in mode.select(model)}
+            optimizer.step()
+            for name, weight in optimizer.latent.items():  # the step is the base optimizer's, on the latent weights
+                torch.testing.assert_close(weight, (latent[name] - 0.01 * gradients[name]).clamp(-1, 1), rtol=0, atol=1e-15)
+            found.append(torch.cat([parameter.detach().flatten().clone() for _, parameter in mode.select(model)]))
+        with optimizer.hard_quantized():
+            for name, parameter in mode.select(model):
+                assert torch.equal(parameter, quantize.binarize(optimizer.latent[name]))
+        return found
+
+    first, again, other = shown_over_steps(3), shown_over_steps(3), shown_over_steps(4)
+    assert all(set(signs.tolist()) == {-1.0, 1.0} for signs in first)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], other[0])
 
 
 @pytest.mark.parametrize("capturable", [False, True], ids=["numbers", "tensors"])
@@ -125,7 +259,7 @@ def test_each_group_is_pulled_at_its_own_learning_rate(mode_name, capturable):
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in quantize.MODES[mode_name].select(model):
-        expected = PROX[mode_name](before[name], 0.3 * (0.5 if parameter is inner else 0.01))
+        expected = PROX[mode_name](before[name], HARD[mode_name], 0.3 * (0.5 if parameter is inner else 0.01))
         np.testing.assert_allclose(parameter.detach().numpy(), expected.clip(-1, 1), rtol=0, atol=1e-14)
 
 
@@ -139,11 +273,11 @@ def test_frozen_weights_never_move_again(mode_name, optimizer_name):
         optimizer.zero_grad()
         backward(model, step)
         optimizer.step()
-    expected = {name: HARD[mode_name](weight.numpy()) for name, weight in optimizer.latent.items()}
+    expected = {name: weight.numpy() for name, weight in optimizer.quantized().items()}
     optimizer.freeze()
     frozen = {name: weight.clone() for name, weight in optimizer.latent.items()}
     for name, weight in frozen.items():
-        np.testing.assert_allclose(weight.numpy(), expected[name], rtol=0, atol=1e-12)
+        assert np.array_equal(weight.numpy(), expected[name])
     moving = weights(model)
     for step in range(5):
         optimizer.zero_grad()
@@ -261,7 +395,7 @@ def test_state_of_another_mode_or_network_is_refused():
     frozen.freeze()
     with pytest.raises(ValueError, match="frozen"):
         frozen.load_state_dict(state)
-    state["latent"].pop("3.weight")
+    state["state"][state["param_groups"][0]["projection_names"]["3.weight"]].pop("latent")
     with pytest.raises(ValueError, match="latent"):
         wrap(network(), "lazy").load_state_dict(state)
 
@@ -319,14 +453,22 @@ def test_parameters_of_two_dtypes():
         assert set(parameter.unique().tolist()) == {-1.0, 1.0}
 
 
+@dataclass(frozen=True)
+class ToZero(quantize.Quantizer):
+    """Everything becomes 0: with a soft pull that is soft thresholding."""
+
+    name = "to zero"
+
+    def fit(self, x, given=None):
+        return ()
+
+    def assign(self, w, fitted):
+        return torch.zeros_like(w)
+
+
 @pytest.mark.parametrize("capturable", [False, True], ids=["numbers", "tensors"])
 def test_a_mode_of_ones_own_is_one_object(capturable):
-    def prox_to_zero(w, strength):
-        return w.sign() * (w.abs() - strength).clamp(min=0) + 0 * w.median()  # a function of one tensor
-
-    mode = quantize.ProjectionMode(
-        "sparse", "soft thresholding", quantize.select_all_layers, lambda w: torch.zeros_like(w), prox_to_zero
-    )
+    mode = dataclasses.replace(quantize.MODES["prox"], name="sparse", quantizer=ToZero())
     model = network()
     before = weights(model)
     rate = torch.tensor(0.1, dtype=torch.float64) if capturable else 0.1

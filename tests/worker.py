@@ -51,6 +51,9 @@ def gradients(processes: Processes) -> dict[str, torch.Tensor]:
         loops.train_step(IMAGES, network, optimizer, precision, meter, [], images.double(), labels, weight)
         found |= {f"{step} {name}": parameter.grad for name, parameter in model.named_parameters()}
         found |= {f"{step} {name} after": parameter.detach().clone() for name, parameter in model.named_parameters()}
+    aligned = torch.full((3,), float(processes.share.rank), dtype=torch.float64)
+    processes.align([aligned])
+    found["aligned"] = aligned
     return found | {"meter": torch.tensor(list(meter.read().values()), dtype=torch.float64)}
 
 
@@ -62,6 +65,9 @@ def train(out: Path, rank: int, arguments: list[str]) -> int:
         held = {**state.model.state_dict(), **{f"latent {name}": weight for name, weight in state.optimizer.latent.items()}}
         torch.save(held, out / f"weights-{rank}-{state.epoch}.pt")
         finish_epoch(job, state, row, board)
+        if rank:  # as on a machine that rounds otherwise; the next epoch begins with the first process's
+            for weight in state.optimizer.latent.values():
+                weight.mul_(1.25)
 
     def step_or_die(job, state, progress):
         nonlocal steps

@@ -101,6 +101,12 @@ def recorded(run: Callable[[], None]) -> Replay:
     return stream.record(run)
 
 
+def prepare(step: Step, optimizer: ProjectedOptimizer, batch_size: int, device: torch.device) -> CapturedStep:
+    """``step`` to be captured, with an optimizer whose learning rates lie where a recording reads them."""
+    regimes.make_capturable(optimizer.base_optimizer, device)
+    return CapturedStep(step, optimizer, batch_size)
+
+
 def check_place(gpu: bool, several: bool) -> None:
     """Raises UsageError where no run's steps can be captured: without a GPU, and with several processes."""
     if not gpu:

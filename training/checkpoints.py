@@ -127,10 +127,10 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path) -> None:
     wanted = model.state_dict()
     if not all(isinstance(value, Tensor) for value in given.values()):
         raise UnreadableCheckpoint(f"{path}: not a checkpoint, its state_dict holds more than tensors")
-    for fact, words in ((_depth, "depth"), (_classes, "number of classes")):
+    for fact, words in ((_depth, "of depth {}"), (_classes, "for {} classes")):
         theirs, ours = fact(given), fact(wanted)
-        if theirs != ours:
-            raise UsageError(f"{path}: a network of {words} {theirs}, and this run's is of {words} {ours}")
+        if theirs != ours and theirs is not None:
+            raise UsageError(f"{path}: a network {words.format(theirs)}, and this run's is {words.format(ours)}")
     # BatchNorm's counter of batches came to torch later than the published checkpoints.
     counters = {name: value for name, value in wanted.items() if name.endswith("num_batches_tracked")}
     given = {**counters, **given}

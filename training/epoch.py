@@ -1,6 +1,7 @@
 """One epoch of a run: training, both validations, and what is written down at its end."""
 
 import functools
+import math
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from training.folder import Run
 from training.log import log
 from training.processes import Processes
 from training.state import State
+from utils import UsageError
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
         log.info(f"frozen after {state.epoch} epochs: the quantized weights stay as they are, the rest trains on")
     if state.step == 0:
         set_optimizer(job, state, settings)
+    # As DistributedDataParallel does with what the model shows: latent weights may lie elsewhere, and drift on unequal machines.
+    job.processes.align(optimizer.latent.values())
     try:
         words = f"epoch {state.epoch + 1}/{args.epochs}"
         progress = loops.Progress(words, job.sets.train, state, args.print_freq, shown=job.processes.first)
@@ -98,7 +102,7 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
         with progress:
             loops.train(state, step, job.sets.train, lambda: between_steps(job, state, progress))
         state.require_finite()  # before it can be the best network
-        job.processes.align_buffers(state.model)
+        job.processes.align(state.model.buffers())  # BatchNorm's: each process has counted only its share of the last batch
         row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength if optimizer.projecting else 0.0}
         row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
         with optimizer.hard_quantized():
@@ -130,23 +134,36 @@ def between_steps(job: Job, state: State, progress: loops.Progress) -> None:
 
 def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:
     """The optimizer and the strength of an epoch."""
-    optimizer = state.optimizer
-    kind = regimes.OPTIMIZERS[settings["optimizer"]]
-    kept = job.args.keep_optimizer_state
-    in_place = kept or job.captured_step is not None  # a recording finds the state where it was
-    if in_place and type(optimizer.base_optimizer) is kind:
-        regimes.update_settings(optimizer.base_optimizer, settings)
+    optimizer, args = state.optimizer, job.args
+    base, kept = optimizer.base_optimizer, args.keep_optimizer_state
+    if (kept or args.capture) and type(base) is regimes.OPTIMIZERS[settings["optimizer"]]:
+        regimes.update_settings(base, settings)
         if not kept:
-            regimes.zero_state(optimizer.base_optimizer)
+            regimes.zero_state(base)  # in place: a recording finds the state where it was
     else:  # a new one at each epoch, as published: moments and momentum start from zero
         optimizer.base_optimizer = regimes.build_optimizer(state.model.parameters(), settings)
-        if job.captured_step is not None:
+        if args.capture:
             regimes.make_capturable(optimizer.base_optimizer, job.device)
     if optimizer.projecting:
-        strength = job.mode.strength(job.args.rate, state.epoch)
-        if job.args.adjust_reg and settings["lr"]:
-            strength *= job.regime[0]["lr"] / settings["lr"]
-        optimizer.set_strength(strength)
+        optimizer.set_strength(strength_in(state.epoch, args, job.mode, job.regime))
+
+
+def strength_in(epoch: int, args: Namespace, mode: quantize.ProjectionMode, regime: regimes.Regime) -> float:
+    """Strength of the projection in an epoch, before a step's learning rate scales it."""
+    strength, lr = mode.strength(args.rate, epoch), regimes.settings_at(regime, epoch)["lr"]
+    return strength * (regime[0]["lr"] / lr) if args.adjust_reg and lr else strength
+
+
+def check_strength(args: Namespace, mode: quantize.ProjectionMode, regime: regimes.Regime) -> None:
+    """Raises UsageError where the strength, or the strength of a step, grows beyond all numbers while something is projected."""
+    last = (args.epochs if args.freeze_epoch == -1 else min(args.freeze_epoch, args.epochs)) - 1
+    # It only grows between two entries of the regime: the epochs before each of them tell.
+    for epoch in sorted(epoch for epoch in {last, *(entry - 1 for entry in regime)} if args.start_epoch <= epoch <= last):
+        strength = strength_in(epoch, args, mode, regime)
+        if not math.isfinite(strength * max(1.0, regimes.settings_at(regime, epoch)["lr"])):
+            raise UsageError(
+                f"--reg_rate {args.rate:g}: the strength in epoch {epoch + 1} is not a finite number; take a smaller one"
+            )
 
 
 def validate(job: Job, state: State) -> dict[str, float]:

@@ -17,7 +17,7 @@ from models import MODELS
 from training import checkpoints, loops
 from training.batch_norm import re_estimate
 from training.computing import Precision, select_precision
-from training.log import log
+from training.log import log, warn
 from training.processes import ALONE, Processes
 from training.tasks import task_of
 from utils import UsageError, select_device
@@ -59,13 +59,17 @@ def evaluate(args: Namespace) -> int:
     path, mode = kept.path, kept.mode
     device, warning = select_device(args.device, args.gpus, "gpus" in args.typed)
     if warning:
-        log.warning(f"warning: {warning}")
+        warn(warning)
     precision = select_precision(args.precision, device, args.tf32)
     sets = load_data(args, kept.dataset, device)
+    source, held = sets.source, kept.content.get("holdout") or 0
+    if args.holdout > held:  # the images of a larger number are those of a smaller one and more
+        warn(f"--holdout {args.holdout}: {held} images were held out of this network's training; it was trained on the others")
+        source = source.replace(" held out", "")
     model = build_model(kept.model, kept.dataset, kept.config, sets.classes).to(device, memory_format=torch.channels_last)
     checkpoints.load_weights(model, kept.content, path)
 
-    log.info(f"{path}: {kept.model} {kept.config} on {sets.source}, projection mode {mode.name}")
+    log.info(f"{path}: {kept.model} {kept.config} on {source}, projection mode {mode.name}")
     task = task_of(kept.dataset)
     found = {"as it is": loops.validate(task, model, sets.validation, task.meter(device), precision)}
     if mode is not quantize.FULL_PRECISION:

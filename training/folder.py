@@ -207,6 +207,9 @@ class Run:
                 self._found = self._look(self._found)  # again: the process that had the lock may have changed it
                 if self._found.differing:
                     self._clear()
+            if self._tb_dir and self.checkpoint is None and any(self.tb_dir.glob("events*")):
+                words = "events of another run, or of an earlier start of this one, are there: TensorBoard shows both as one curve"
+                warn(f"--tb_dir {self._tb_dir}: {words}")
             # What was logged after the checkpoint is about to happen again.
             self._log = LogFile(self.folder / "log.txt", keep=self.checkpoint["log_bytes"] if self.checkpoint else None)
         except OSError as error:

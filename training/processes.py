@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
@@ -90,11 +90,11 @@ class Processes:
         gc.collect()  # the one before, which refers to itself, holds a copy of all gradients
         return nn.parallel.DistributedDataParallel(network)
 
-    def align_buffers(self, model: nn.Module) -> None:
-        """Gives all processes the first one's BatchNorm statistics: each has counted only its share of the last batch."""
+    def align(self, tensors: Iterable[Tensor]) -> None:
+        """Gives all processes the first one's values, in place."""
         if self.several:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
 
 
 ALONE = Processes()
@@ -109,6 +109,19 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type != "cuda":
         raise UsageError(f"--sync_bn: torch has synchronized BatchNorm on GPUs only, and this run is on the {device.type}")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def check_synchronized(samples: int, batch_size: int, processes: int) -> None:
+    """Raises UsageError where a batch has fewer samples than processes: one without any would take one that counts twice.
+
+    Without synchronized BatchNorm that sample has weight 0; in the statistics over the whole batch it could not be left out.
+    """
+    last = samples % batch_size or batch_size
+    if last < processes:
+        raise UsageError(
+            f"--sync_bn: of {samples} samples in batches of {batch_size} the last batch has {last}, fewer than the {processes} "
+            "processes; another --batch-size, of which more are left, is needed"
+        )
 
 
 def lost_another(error: RuntimeError) -> bool:

@@ -7,7 +7,7 @@ rest. Settings are ``optimizer`` (a name in ``OPTIMIZERS``) and that optimizer's
 import inspect
 import sys
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -48,53 +48,83 @@ TTQ_REGIME: Regime = {
 
 
 def resolve_regime(args: Namespace, model_regime: Regime, projected: bool) -> Regime:
-    """The regime of a run: the chosen one, with every value that the user typed in the place of its epoch-0 value.
+    """The regime of a run. The first line of this table that applies chooses it:
 
-    A typed learning rate takes the later ones along: they keep their ratio to the first.
+    ======================================= ============================================
+    given                                   regime
+    ======================================= ============================================
+    ``--regime``                            that one, begun with ``--optimizer`` and ``--lr`` where it does not say otherwise
+    ``--binary_regime``, ``--ttq_regime``   the published one of that name
+    ``--optimizer`` other than SGD          that one at ``--lr``, constant
+    a projection mode                       the network's own, without its weight decay
+    nothing                                 the network's own
+    ======================================= ============================================
+
+    Then what the user typed takes the place of what the regime has at epoch 0: optimizer, momentum and weight decay as they are,
+    the learning rate with the later ones, which keep their ratio to it. The network's own regime says all that it needs. In every
+    other, wherever SGD begins and nothing before says its momentum or its weight decay, they are ``--momentum`` and
+    ``--weight-decay``, or with a projection mode no decay; every other optimizer has torch's defaults.
 
     Args:
         args: ``optimizer``, ``lr``, ``momentum``, ``weight_decay``, ``regime``, ``binary_regime``, ``ttq_regime``, ``no_adjust``
             and ``typed``, the names of those that the user gave.
         model_regime: the network's own.
-        projected: True where a projection mode is on: SGD then has no weight decay.
+        projected: True where a projection mode is on.
 
     Raises:
         UsageError: on settings that the optimizer does not take.
     """
-    typed = {name: getattr(args, name) for name in ("optimizer", "momentum", "weight_decay") if name in args.typed}
-    if args.regime is not None:
-        start = {"optimizer": args.optimizer, "lr": args.lr, **typed}
-        if start["optimizer"] == "SGD":
-            start = {"momentum": args.momentum, "weight_decay": 0.0 if projected else args.weight_decay, **start}
-        chosen = {**args.regime, 0: {**start, **args.regime.get(0, {})}}
-    elif args.binary_regime:
-        chosen = BINARY_REGIME
-    elif args.ttq_regime:
-        chosen = TTQ_REGIME
-    elif args.optimizer != "SGD":
-        chosen = {0: {"optimizer": args.optimizer, "lr": args.lr}}
-    elif projected:
-        chosen = {epoch: {name: entry[name] for name in entry if name != "weight_decay"} for epoch, entry in model_regime.items()}
-        chosen[0] |= {"momentum": args.momentum, "weight_decay": 0.0}
-    else:
-        chosen = model_regime
+    own = args.regime or {}
+    table = (  # applies, regime, whether it is the network's
+        (args.regime is not None, {**own, 0: {"optimizer": args.optimizer, "lr": args.lr, **own.get(0, {})}}, False),
+        (args.binary_regime, BINARY_REGIME, False),
+        (args.ttq_regime, TTQ_REGIME, False),
+        (args.optimizer != "SGD", {0: {"optimizer": args.optimizer, "lr": args.lr}}, False),
+        (projected, _without_decay(model_regime), True),
+        (True, model_regime, True),
+    )
+    chosen, of_network = next((regime, of_network) for applies, regime, of_network in table if applies)
     regime = {epoch: dict(chosen[epoch]) for epoch in sorted(chosen)}
-    regime[0].update(typed)
+    regime[0] |= {name: getattr(args, name) for name in ("optimizer", "momentum", "weight_decay") if name in args.typed}
     _check_names(regime)
-    # A regime made for SGD keeps its momentum and decay out of an Adam that the user asked for.
-    kept = {"optimizer", *typed, *(args.regime or {}).get(0, {}), *_accepted(regime[0]["optimizer"])}
-    regime[0] = {name: value for name, value in regime[0].items() if name in kept}
-    _check_values(regime)
+    _drop_foreign(regime, own.get(0, {}), args.typed)
+    if not of_network:
+        decay = 0.0 if projected and "weight_decay" not in args.typed else args.weight_decay
+        _complete(regime, {"momentum": args.momentum, "weight_decay": decay})
+    _check_values(regime, args.typed)
     if "lr" in args.typed:
         ratio = args.lr / regime[0]["lr"] if regime[0]["lr"] else 1.0
         for entry in regime.values():
             if "lr" in entry:
                 entry["lr"] *= ratio
         regime[0]["lr"] = args.lr
-        _check_values(regime)  # again: a rate may have grown beyond all numbers
+        _check_values(regime, args.typed)  # again: a rate may have grown beyond all numbers
     if args.no_adjust:
         regime = {0: regime[0]}
     return regime
+
+
+def _without_decay(regime: Regime) -> Regime:
+    rest = {epoch: {name: value for name, value in entry.items() if name != "weight_decay"} for epoch, entry in regime.items()}
+    return {**rest, 0: {**rest[0], "weight_decay": 0.0}}
+
+
+def _drop_foreign(regime: Regime, own: Collection[str], typed: Collection[str]) -> None:
+    """A regime made for SGD keeps its momentum and decay out of an Adam that was asked for; what the user typed waits for SGD."""
+    waits = any(entry.get("optimizer") == "SGD" for epoch, entry in regime.items() if epoch)
+    accepted = {"optimizer", *own, *(() if waits else typed), *_accepted(regime[0]["optimizer"])}
+    regime[0] = {name: value for name, value in regime[0].items() if name in accepted}
+
+
+def _complete(regime: Regime, of_sgd: dict[str, Any]) -> None:
+    """Gives SGD, wherever it begins, the settings that nothing before it has said."""
+    before: str | None = None
+    for epoch, entry in regime.items():
+        optimizer = entry.get("optimizer", before)
+        if optimizer == "SGD" != before:
+            said = settings_at(regime, epoch)
+            entry |= {name: value for name, value in of_sgd.items() if name not in said}
+        before = optimizer
 
 
 def settings_at(regime: Regime, epoch: int) -> dict[str, Any]:
@@ -166,7 +196,7 @@ def _check_names(regime: Regime) -> None:
             raise UsageError(f"--regime: epoch {epoch}: optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
 
 
-def _check_values(regime: Regime) -> None:
+def _check_values(regime: Regime, typed: Collection[str]) -> None:
     """Raises UsageError on the first setting that the optimizer of its epoch does not take."""
     for epoch in regime:
         settings = settings_at(regime, epoch)
@@ -176,9 +206,8 @@ def _check_values(regime: Regime) -> None:
             if name == "optimizer":
                 continue
             if name not in accepted:
-                raise UsageError(
-                    f"--{name} {value}: {optimizer} has no setting {name} (epoch {epoch}); it has {', '.join(accepted)}"
-                )
+                where = f"--{name.replace('_', '-')} {value}" if name in typed else f"--regime: epoch {epoch}: {name} {value}"
+                raise UsageError(f"{where}: {optimizer} has no setting {name}; it has {', '.join(accepted)}")
             numbers = value if isinstance(value, (tuple, list)) else (value,)
             if not all(abs(number) <= sys.float_info.max for number in numbers if isinstance(number, (int, float))):
                 raise UsageError(f"--regime: epoch {epoch}: {name} {value} is not a finite number")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+import quantize
 from reporting.runs import Run
 from training import checkpoints
 
@@ -57,7 +58,7 @@ def _latent(path: Path) -> dict[str, Any]:
     """The latent weights in a checkpoint; nothing where it cannot be read."""
     try:
         content = checkpoints.read(path)
-        return content["optimizer"]["latent"] or content["state_dict"]
+        return quantize.latent_in(content["optimizer"]) or content["state_dict"]
     except (checkpoints.UnreadableCheckpoint, KeyError, TypeError):
         return {}
 

@@ -1,4 +1,4 @@
-"""Proximal operators against a brute-force minimization of their objective, in float64."""
+"""Pulls against a brute-force minimization of their objective, in float64, and against their formulas."""
 
 import numpy as np
 import plain
@@ -93,3 +93,44 @@ def test_strength_can_be_a_tensor():
             if prox is quantize.prox_binary:
                 torch.testing.assert_close(prox(w, strength)[row], alone, rtol=0, atol=1e-15)
         assert prox(w, strength).shape == w.shape
+
+
+@given(weights, weights, strengths)
+def test_soft_minimizes_its_objective(values, targets, strength):
+    count = min(len(values), len(targets))
+    w, q = (torch.tensor(v[:count], dtype=torch.float64) for v in (values, targets))
+    for x, target, v in zip(w.tolist(), q.tolist(), quantize.soft(w, q, strength).tolist(), strict=True):
+
+        def objective(u, x=x, target=target):
+            return 0.5 * (u - x) ** 2 + strength * np.abs(u - target)
+
+        assert v == pytest.approx(minimize(objective, -4, 4), abs=2e-7)
+    np.testing.assert_allclose(quantize.soft(w, q, strength), plain.soft(w.numpy(), q.numpy(), strength), atol=1e-14)
+
+
+@given(weights, weights, strengths)
+def test_quadratic_minimizes_its_objective(values, targets, strength):
+    count = min(len(values), len(targets))
+    w, q = (torch.tensor(v[:count], dtype=torch.float64) for v in (values, targets))
+    for x, target, v in zip(w.tolist(), q.tolist(), quantize.quadratic(w, q, strength).tolist(), strict=True):
+
+        def objective(u, x=x, target=target):
+            return 0.5 * (u - x) ** 2 + 0.5 * strength * (u - target) ** 2
+
+        assert v == pytest.approx(minimize(objective, -4, 4), abs=2e-7)
+
+
+def test_an_infinite_quadratic_pull_is_the_target_itself():
+    w, q = torch.tensor([0.3, -2.0]), torch.tensor([1.0, -1.0])
+    assert torch.equal(quantize.quadratic(w, q, float("inf")), q)
+
+
+@given(weights, st.lists(st.floats(-2, 2, width=32), min_size=2, max_size=5, unique=True), st.sampled_from([0.0, 0.1, 0.5, 1.0]))
+def test_piecewise_affine_is_its_formula(values, levels, slope):
+    w, levels = torch.tensor(values, dtype=torch.float64), sorted(levels)
+    found = quantize.piecewise_affine(w, levels, slope)
+    np.testing.assert_allclose(found.numpy(), plain.piecewise_affine(w.numpy(), levels, slope), atol=1e-12)
+    if slope == 1:
+        np.testing.assert_allclose(found.numpy(), np.clip(w.numpy(), levels[0], levels[-1]), atol=1e-12)
+    if slope == 0:
+        assert set(found.tolist()) <= {float(level) for level in levels}

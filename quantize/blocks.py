@@ -1,0 +1,194 @@
+"""Where a step's work is done: the weights of a network in blocks, each treated as a whole and in pieces of cache size.
+
+Small tensors are copied side by side into one block; a large one is worked on where it lies. Nothing of a model's size is held.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quantize.groups import Groups, Layout, OneTensor, Reduce, Rows, is_dense
+
+# Entries, by device type. On a CPU a piece and its temporaries stay in a core's cache; on a GPU few launches count.
+PIECE = {"cpu": 2**15}
+SMALL = {"cpu": 2**16}  # tensors below are laid side by side ...
+SIDE_BY_SIDE = {"cpu": 2**19}  # ... up to so many entries in a block
+ELSEWHERE = 2**24
+
+
+class Block(Protocol):
+    """Some of a network's tensors, or a part of one.
+
+    Attributes:
+        indices: the places of its tensors in the list that ``read`` and ``write`` are given.
+    """
+
+    indices: list[int]
+
+    def read(self, tensors: Sequence[Tensor]) -> Groups:
+        """Its weights in groups: views of the tensors, or copies."""
+        ...
+
+    def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
+        """Puts weights into the tensors, where they are not there already."""
+        ...
+
+
+class SmallTensors:
+    """Many small tensors, side by side in a copy."""
+
+    def __init__(self, indices: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        self.indices = list(indices)
+        self._layout = Layout([tensors[index] for index in indices])
+
+    def read(self, tensors: Sequence[Tensor]) -> Groups:
+        return self._layout.read([tensors[index] for index in self.indices])
+
+    def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
+        torch._foreach_copy_([tensors[index] for index in self.indices], self._layout.views(x.pieces[0]))
+
+
+class LargeTensor:
+    """One tensor with one set of levels, in pieces; a part of it where it is sharded over processes."""
+
+    def __init__(self, index: int) -> None:
+        self.indices = [index]
+        self._index = index
+
+    def read(self, tensors: Sequence[Tensor]) -> Groups:
+        tensor = tensors[self._index]
+        pieces = list(in_memory_order(local(tensor)).split(piece_size(tensor.device)))
+        if not is_sharded(tensor):
+            return OneTensor(pieces)
+        return OneTensor(pieces, tensor.numel(), _over_shards(tensor))
+
+    def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
+        for piece, place in zip(x.pieces, self.read(tensors).pieces, strict=True):
+            if piece.data_ptr() != place.data_ptr():
+                place.copy_(piece)
+
+
+class SomeRows:
+    """Rows of one tensor, each with levels of its own; of a sharded tensor all rows, and of each the part that is here."""
+
+    def __init__(self, index: int, first: int, last: int) -> None:
+        self.indices = [index]
+        self._index, self._rows = index, slice(first, last)
+
+    def read(self, tensors: Sequence[Tensor]) -> Groups:
+        tensor, here = tensors[self._index], local(tensors[self._index])
+        matrix = in_memory_order(here).view(len(here), -1)[self._rows]
+        if not is_sharded(tensor) or _has_whole_rows(tensor):
+            return Rows(matrix)
+        return Rows(matrix, tensor.numel() // max(1, len(tensor)), _over_shards(tensor))
+
+    def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
+        place = self.read(tensors).pieces[0]
+        if x.pieces[0].data_ptr() != place.data_ptr():
+            place.copy_(x.pieces[0])
+
+
+class ScatteredTensor:
+    """One tensor whose entries have gaps between them or overlap in memory: worked on in a copy."""
+
+    def __init__(self, index: int, by_row: bool) -> None:
+        self.indices = [index]
+        self._index, self._by_row = index, by_row
+
+    def read(self, tensors: Sequence[Tensor]) -> Groups:
+        copy = tensors[self._index].detach().clone(memory_format=torch.contiguous_format)
+        return Rows(copy.view(len(copy), -1)) if self._by_row else OneTensor([copy])
+
+    def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
+        tensors[self._index].copy_(x.pieces[0].view(tensors[self._index].shape))
+
+
+def blocks_of(tensors: Sequence[Tensor], indices: Sequence[int], by_row: bool) -> list[Block]:
+    """The blocks of some of the tensors; those of one block are of one device and dtype."""
+    small: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    blocks: list[Block] = []
+    for index in indices:
+        tensor = tensors[index]
+        by_rows = by_row and tensor.dim() > 0
+        if is_sharded(tensor):
+            here = local(tensor)
+            if not by_rows:
+                blocks.append(LargeTensor(index))
+            elif _has_whole_rows(tensor):
+                blocks += _rows(index, here)
+            else:  # all rows at once: every process then takes part in each sum
+                blocks.append(SomeRows(index, 0, len(here)))
+        elif not is_dense(tensor) or (by_rows and not _rows_in_order(tensor)):
+            blocks.append(ScatteredTensor(index, by_rows))
+        elif by_rows:
+            blocks += _rows(index, tensor)
+        elif tensor.numel() < SMALL.get(tensor.device.type, ELSEWHERE):
+            small.setdefault((tensor.device, tensor.dtype), []).append(index)
+        else:
+            blocks.append(LargeTensor(index))
+    for (device, _), together in small.items():
+        limit, part, filled = SIDE_BY_SIDE.get(device.type, ELSEWHERE), [], 0
+        for index in together:
+            if part and filled + tensors[index].numel() > limit:
+                blocks.append(SmallTensors(part, tensors))
+                part, filled = [], 0
+            part.append(index)
+            filled += tensors[index].numel()
+        blocks.append(SmallTensors(part, tensors))
+    return blocks
+
+
+def _rows(index: int, tensor: Tensor) -> list[Block]:
+    length = max(1, tensor.numel() // max(1, len(tensor)))
+    step = max(1, piece_size(tensor.device) // length)
+    return [SomeRows(index, first, min(first + step, len(tensor))) for first in range(0, len(tensor), step)]
+
+
+def piece_size(device: torch.device) -> int:
+    """Entries that are worked on at a time."""
+    return PIECE.get(device.type, ELSEWHERE)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """All entries of a dense tensor as one dimension, a view."""
+    return torch.as_strided(tensor, (tensor.numel(),), (1,), tensor.storage_offset())
+
+
+def _rows_in_order(tensor: Tensor) -> bool:
+    """Whether the first dimension is the outermost in memory, as in contiguous and in channels_last tensors."""
+    return len(tensor) < 2 or tensor.stride(0) * len(tensor) == tensor.numel()
+
+
+# Tensors that are sharded over processes (FSDP2): each process works on its own part.
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch's distributed tensors."""
+    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def _has_whole_rows(tensor: Tensor) -> bool:
+    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+
+
+def _over_shards(tensor: Tensor) -> Reduce:
+    """Combines values of this process's part with those of the other parts."""
+    groups = [
+        tensor.device_mesh.get_group(dimension) for dimension, placement in enumerate(tensor.placements) if placement.is_shard()
+    ]
+
+    def combined(value: Tensor, how: str) -> Tensor:
+        value = value.clone()
+        for group in groups:
+            dist.all_reduce(value, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group)
+        return value
+
+    return combined

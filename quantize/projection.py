@@ -1,0 +1,283 @@
+"""One mode's work on its parameters: what happens to them around a step of the base optimizer."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantize.blocks import Block, blocks_of, local
+from quantize.groups import Groups
+from quantize.modes import ProjectionMode
+
+Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the parameter
+
+
+class NotFinite(ValueError):
+    """A weight to be quantized is no finite number."""
+
+
+class Projection:
+    """The parameters of one mode, with what belongs to them beside the model: latent weights, learned levels, the strength.
+
+    Attributes:
+        names, parameters: to be quantized.
+        latent: their latent weights: tensors of its own in a lazy mode, else the parameters themselves.
+        levels: learned ones of each parameter, ``(2,)``: positive, negative; empty where none are learned.
+        strength: of the pull, before the learning rate scales it.
+        draws: how often the shown weights were drawn, in a stochastic mode.
+    """
+
+    def __init__(self, named: Sequence[tuple[str, nn.Parameter]], mode: ProjectionMode, capturable: bool, seed: int) -> None:
+        self.mode = mode
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.latent: list[Tensor] = [p.detach().clone() for p in self.parameters] if mode.lazy else self.parameters
+        self.levels: list[Tensor] = []
+        if mode.quantizer.given == "levels":
+            self.levels = [
+                torch.tensor(mode.quantizer.start, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+                for p in self.parameters
+            ]
+        self.strength = 0.0
+        self.draws = 0
+        self._capturable, self._seed = capturable, seed
+        self._strength_on: dict[torch.device, Tensor] = {}
+        self._arrange()
+        self._note_shown()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._note_shown()  # a copy's parameters lie elsewhere
+
+    def hold(self, strength: float) -> None:
+        """Takes a new strength."""
+        self.strength = strength
+        for tensor in self._strength_on.values():
+            tensor.fill_(strength)
+
+    # Around a step.
+
+    def before_step(self, rates: Rates) -> None:
+        """Puts the latent weights, with their gradients, in the place of those that the model shows."""
+        self._follow()
+        if not self.mode.lazy:
+            return
+        if not self._capturable:
+            self.take_over(rates)
+        if self.levels:
+            self._pull_gradients_back(rates)
+        torch._foreach_copy_(self.parameters, self.latent)
+
+    def after_step(self, rates: Rates) -> None:
+        """Clips and pulls the weights that the step has made."""
+        self.draws += 1
+        for number, block in enumerate(self._blocks):
+            x = block.read(self.parameters)
+            if self.mode.lazy:
+                if self.mode.quantizer.clips:
+                    _clip(x)
+                block.write(x, self.latent)
+                self._pull(number, block, x, rates)
+            else:
+                self._pull(number, block, x, rates)
+                if self.mode.quantizer.clips:
+                    _clip(x)
+            block.write(x, self.parameters)
+        self._note_shown()
+
+    def show(self, rates: Rates) -> None:
+        """Puts the pulled weights into the model, in a lazy mode."""
+        if self.mode.lazy:
+            self._follow()
+            self._pulled_into(self.parameters, rates)
+            self._note_shown()
+
+    def _pulled_into(self, places: Sequence[Tensor], rates: Rates) -> None:
+        torch._foreach_copy_(list(places), self.latent)
+        for number, block in enumerate(self._blocks):
+            x = block.read(places)
+            self._pull(number, block, x, rates)
+            block.write(x, places)
+
+    def _pull(self, number: int, block: Block, x: Groups, rates: Rates) -> None:
+        strength = self._strength_of(block, x, rates)
+        quantizer = self.mode.shown if self.mode.lazy else self.mode.quantizer
+        _put(self.mode.pull.pulled(x, quantizer, strength, self._given(quantizer.given, number, block, x)), x)
+
+    def _strength_of(self, block: Block, x: Groups, rates: Rates) -> float | Tensor:
+        like = x.pieces[0]
+        strength: float | Tensor = self.strength
+        if self._capturable:
+            if like.device not in self._strength_on:
+                self._strength_on[like.device] = torch.tensor(self.strength, dtype=torch.float64, device=like.device)
+            strength = self._strength_on[like.device]
+        if not self.mode.schedule.scaled_by_lr:
+            return strength
+        own = [rates[id(self.parameters[index])] for index in block.indices]
+        if all(rate is own[0] or (not isinstance(rate, Tensor) and rate == own[0]) for rate in own):
+            return strength * own[0]
+        on_device = torch.stack([torch.as_tensor(rate, dtype=torch.float64, device=like.device) for rate in own])
+        return x.spread((strength * on_device).to(like.dtype))
+
+    def _given(self, what: str, number: int, block: Block, x: Groups) -> Any:
+        """What the quantizer of a block must be given beside the weights."""
+        if what == "levels":
+            return torch.stack([self.levels[index] for index in block.indices])
+        if what == "draw":  # follows from the seed and the number of draws alone, so that it can be repeated
+            digest = hashlib.sha256(f"{self._seed}/{self.draws}/{number}".encode()).digest()
+            return torch.Generator(x.pieces[0].device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return None
+
+    def _pull_gradients_back(self, rates: Rates) -> None:
+        """Gradients at the shown weights become those at the latent ones, and learned levels make their gradient step."""
+        quantizer = self.mode.quantizer
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for number, block in enumerate(self._blocks):
+            latent, gradient = block.read(self.latent), block.read(gradients)
+            fitted = quantizer.fit(latent, self._given("levels", number, block, latent))
+            weights = iter(latent.pieces)
+            sums = gradient.sums(lambda g, weights=weights, fitted=fitted: quantizer.level_terms(g, next(weights), fitted))
+            for g, w in zip(gradient.pieces, latent.pieces, strict=True):
+                g.copy_(quantizer.pull_back(g, w, fitted))
+            block.write(gradient, gradients)
+            for index, step in zip(block.indices, torch.stack([gradient.by_tensor(one) for one in sums], -1), strict=True):
+                self.levels[index].sub_(rates[id(self.parameters[index])] * step)
+
+    # Hard quantization.
+
+    def hard_quantize(self, places: Sequence[Tensor], rates: Rates) -> None:
+        """Puts the finished network's values of the weights in training into ``places``, tensors like the parameters.
+
+        Raises:
+            NotFinite: if a weight is not a finite number; nothing is written then.
+        """
+        current = self.current(rates)
+        self._check_finite(current)
+        if current:
+            torch._foreach_copy_(list(places), current)
+        quantizer = self.mode.quantizer
+        for number, block in enumerate(self._blocks):
+            x = block.read(places)
+            fitted = quantizer.fit(x, self._given(quantizer.given, number, block, x))
+            _put((quantizer.assign(piece, fitted) for piece in x.pieces), x)
+            block.write(x, places)
+
+    def check_finite(self, rates: Rates) -> None:
+        """Raises NotFinite if a weight in training is not a finite number."""
+        self._check_finite(self.current(rates))
+
+    def _check_finite(self, weights: Sequence[Tensor]) -> None:
+        if not weights:
+            return
+        finite = [local(weight).isfinite().all() for weight in weights]
+        for name, one in zip(self.names, torch.stack([one.cpu() for one in finite]).tolist(), strict=True):
+            if not one:
+                raise NotFinite(
+                    f"{name} holds values that are not finite numbers: the training has diverged, it cannot be quantized"
+                )
+
+    # Weights that somebody else wrote into the model.
+
+    def current(self, rates: Rates) -> list[Tensor]:
+        """The weights in training: the latent ones, but where the model was given others since, those."""
+        self._follow()
+        changed = self._changed(rates) if self.mode.lazy else ()
+        return [
+            p.detach() if i in changed else w.detach() for i, (p, w) in enumerate(zip(self.parameters, self.latent, strict=True))
+        ]
+
+    def take_over(self, rates: Rates) -> None:
+        """Weights that were written into the model from outside become the latent ones."""
+        self._follow()
+        if self.mode.lazy:
+            for index in self._changed(rates):
+                self.latent[index].copy_(self.parameters[index])
+
+    def put(self, weights: Sequence[Tensor]) -> None:
+        """Puts the shown weights back into the model that they were taken from."""
+        if self.parameters:
+            torch._foreach_copy_(self.parameters, list(weights))
+        self._note_shown()
+
+    def _changed(self, rates: Rates) -> set[int]:
+        """Which parameters no longer hold what they were made to show."""
+        suspects = [i for i, mark in enumerate(self._marks()) if mark != self._shown_marks[i]]
+        if not suspects:
+            return set()
+        expected = [torch.empty_like(weight) for weight in self.latent]
+        self._pulled_into(expected, rates)
+        return {i for i in suspects if not torch.equal(local(expected[i]), local(self.parameters[i].detach()))}
+
+    def _note_shown(self) -> None:
+        self._shown_marks = self._marks() if self.mode.lazy else []
+
+    def _marks(self) -> list[tuple[Any, ...]]:
+        """What changes where a parameter is written: torch counts its writes, but not those to its ``data``; on a CPU the sum of
+        its entries, which is there without waiting, tells of these too."""
+        return [
+            (p._version, local(p).data_ptr(), _total(p.detach()) if p.device.type == "cpu" and not self._capturable else None)
+            for p in self.parameters
+        ]
+
+    # A model that was moved or cast.
+
+    def _arrange(self) -> None:
+        self._forms = self._forms_of(self.parameters)
+        self._blocks = blocks_of(self.parameters, range(len(self.parameters)), self.mode.quantizer.by_row)
+
+    def _follow(self) -> None:
+        """Moves and casts what belongs to parameters that were moved or cast."""
+        if self._forms == self._forms_of(self.parameters):
+            return
+        if self.mode.lazy:
+            self.latent = [
+                torch.empty_like(p).copy_(w) if (w.dtype, w.device) != (p.dtype, p.device) else w
+                for p, w in zip(self.parameters, self.latent, strict=True)
+            ]
+        self.levels = [
+            level.to(device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
+            for p, level in zip(self.parameters, self.levels, strict=bool(self.levels))
+        ]
+        self._arrange()
+
+    @staticmethod
+    def _forms_of(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+        return [(tensor.dtype, tensor.device, tensor.stride()) for tensor in tensors]
+
+    # The end of the projection, and loading.
+
+    def end(self) -> None:
+        """Lets go of what only training needs."""
+        if self.levels:
+            self.levels = [torch.stack([p.max(), p.min()]).to(level) for p, level in zip(self.parameters, self.levels, strict=True)]
+        self.latent = self.parameters
+        self._blocks = []
+        self._shown_marks = []
+
+    def load(self, strength: float, draws: int, latent: Sequence[Tensor], levels: Sequence[Tensor]) -> None:
+        """Takes over what a state holds; no latent weights or levels where there are none."""
+        self._follow()
+        self.hold(strength)
+        self.draws = draws
+        for mine, given in zip(self.latent if latent else (), latent, strict=True):
+            mine.copy_(given)
+        for mine, given in zip(self.levels if levels else (), levels, strict=True):
+            mine.copy_(given)
+
+
+def _clip(x: Groups) -> None:
+    for piece in x.pieces:
+        piece.clamp_(-1.0, 1.0)
+
+
+def _put(values: Iterable[Tensor], x: Groups) -> None:
+    for piece, value in zip(x.pieces, values, strict=True):
+        piece.copy_(value)
+
+
+def _total(tensor: Tensor) -> float:
+    total = float(local(tensor).sum())
+    return 0.5 if math.isnan(total) else total  # which is equal to itself

@@ -1,0 +1,151 @@
+"""The wrapped optimizer's state in the layout of every torch optimizer, so that whatever saves, moves or reshards optimizers does
+so with it: ``state`` by parameter, ``param_groups`` with what holds for all."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from quantize.projection import Projection
+
+_LATENT, _LEVELS = "latent", "levels"
+_MODES, _STRENGTHS, _DRAWS, _FROZEN = "projection_modes", "projection_strengths", "projection_draws", "projection_frozen"
+_NAMES = "projection_names"  # of the parameters with latent weights of their own, with their numbers in the state
+_OF_GROUPS = (_MODES, _STRENGTHS, _DRAWS, _FROZEN, _NAMES)
+_WRAPPED_NAMES = ("_orig_mod", "module", "_fsdp_wrapped_module")  # put before the names by torch.compile, DDP and FSDP
+
+
+class Content(NamedTuple):
+    """One projection's part of a state; latent weights and levels are empty where there are none."""
+
+    strength: float
+    draws: int
+    latent: list[Tensor]
+    levels: list[Tensor]
+
+
+class Found(NamedTuple):
+    """A state taken apart: whether it is frozen, the base optimizer's part, and each projection's."""
+
+    frozen: bool
+    base: dict[str, Any]
+    projections: list[Content]
+
+
+def to_torch(
+    base: Mapping[str, Any],
+    param_groups: Sequence[Mapping[str, Any]],
+    projections: Sequence[Projection],
+    latent: Mapping[str, Tensor],
+    frozen: bool,
+) -> dict[str, Any]:
+    """The state of the base optimizer together with that of the projections."""
+    state = {index: dict(entry) for index, entry in base["state"].items()}
+    index_of, names = _indices(param_groups), {}
+    for projection in projections if not frozen else ():
+        for number, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
+            own = {}
+            if projection.mode.lazy:
+                own[_LATENT] = latent[name].clone()
+                names[name] = index_of[id(parameter)]
+            if projection.levels:
+                own[_LEVELS] = projection.levels[number].clone()
+            if own:
+                state.setdefault(index_of[id(parameter)], {}).update(own)
+    common = {
+        _MODES: ",".join(projection.mode.name for projection in projections),
+        _STRENGTHS: [projection.strength for projection in projections],
+        _DRAWS: [projection.draws for projection in projections],
+        _FROZEN: frozen,
+        _NAMES: names,
+    }
+    return {**base, "state": state, "param_groups": [{**group, **common} for group in base["param_groups"]]}
+
+
+def from_torch(
+    content: Mapping[str, Any], projections: Sequence[Projection], param_groups: Sequence[Mapping[str, Any]], frozen: bool
+) -> Found:
+    """Takes a state apart and compares it with the optimizer that it is meant for; changes nothing.
+
+    Raises:
+        ValueError: if it does not fit.
+    """
+    if "base_optimizer" in content:
+        return _from_before(content, projections, frozen)
+    groups = content.get("param_groups") if isinstance(content, Mapping) else None
+    if not groups or "state" not in content:
+        raise ValueError("this is not the state of an optimizer: it needs the keys state and param_groups")
+    common = groups[0]
+    if _MODES not in common:
+        raise ValueError("the state is of an optimizer that was not wrapped: base_optimizer.load_state_dict() takes it over")
+    _compare_modes(common[_MODES], common[_FROZEN], projections, frozen)
+    state = {index: dict(entry) for index, entry in content["state"].items()}
+    found = []
+    index_of = _indices(param_groups)
+    for number, projection in enumerate(projections):
+        latent, levels = [], []
+        for name, parameter in zip(projection.names, projection.parameters, strict=True):
+            entry = {} if common[_FROZEN] else state.get(index_of[id(parameter)], {})
+            if projection.mode.lazy and not common[_FROZEN]:
+                latent.append(_fitting(entry.get(_LATENT), parameter, f"latent weights of {name}"))
+            if projection.levels and not common[_FROZEN]:
+                levels.append(_fitting(entry.get(_LEVELS), projection.levels[0], f"levels of {name}"))
+        found.append(Content(common[_STRENGTHS][number], common[_DRAWS][number], latent, levels))
+    stripped = {
+        index: {key: value for key, value in entry.items() if key not in (_LATENT, _LEVELS)} for index, entry in state.items()
+    }
+    base = {
+        **content,
+        "state": {index: entry for index, entry in stripped.items() if entry},
+        "param_groups": [{key: value for key, value in group.items() if key not in _OF_GROUPS} for group in groups],
+    }
+    return Found(common[_FROZEN], base, found)
+
+
+def latent_in(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The latent weights in a state, by name; empty where they are the model's own."""
+    if "base_optimizer" in content:
+        return dict(content["latent"])
+    return {name: content["state"][index][_LATENT] for name, index in content["param_groups"][0].get(_NAMES, {}).items()}
+
+
+def _from_before(content: Mapping[str, Any], projections: Sequence[Projection], frozen: bool) -> Found:
+    """States as they were written before they had torch's layout: one mode, latent weights by name."""
+    _compare_modes(content["mode"], content["frozen"], projections, frozen)
+    projection = projections[0]
+    latent = []
+    if projection.mode.lazy and not content["frozen"]:
+        given = {_plain(name): weight for name, weight in content["latent"].items()}
+        if set(given) != {_plain(name) for name in projection.names}:
+            raise ValueError("the state's latent weights differ in name from this optimizer's parameters")
+        named = zip(projection.names, projection.parameters, strict=True)
+        latent = [_fitting(given[_plain(name)], parameter, f"latent weights of {name}") for name, parameter in named]
+    return Found(content["frozen"], content["base_optimizer"], [Content(content["strength"], 0, latent, [])])
+
+
+def _compare_modes(theirs: str, theirs_frozen: bool, projections: Sequence[Projection], frozen: bool) -> None:
+    ours = ",".join(projection.mode.name for projection in projections)
+    if theirs != ours:
+        raise ValueError(f"the state is of projection mode {theirs!r}, this optimizer is of {ours!r}")
+    if frozen and not theirs_frozen:
+        raise ValueError("the state is of a run before its freeze, and this optimizer is frozen")
+
+
+def _fitting(given: Any, wanted: Tensor, what: str) -> Tensor:
+    if not isinstance(given, Tensor) or given.shape != wanted.shape:
+        raise ValueError(f"the state's {what} are missing or differ in shape from this optimizer's")
+    return given
+
+
+def _indices(param_groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
+    """The number that torch gives each parameter in a state, by the parameter's identity."""
+    return {id(parameter): index for index, parameter in enumerate(p for group in param_groups for p in group["params"])}
+
+
+def _without(entry: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in entry.items() if key not in keys}
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what wrappers put into it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED_NAMES)
