@@ -134,26 +134,39 @@ class Quantized:
         return len(self.model[2].weight.unique())
 
 
+LEVELS = {"prox_ternary": 3, "ttq": 3, "prox_alt": 4, "lazy_alt": 4}  # values of a finished tensor; in all other modes 2
+
+
 def in_mode(code: str, mode_name: str) -> str:
     """The code with another mode than the one that it shows."""
-    assert code.count('MODES["prox"]') == 1
-    return code.replace('MODES["prox"]', f'MODES["{mode_name}"]')
+    assert code.count('quantize.mode("prox")') == 1
+    return code.replace('quantize.mode("prox")', f'quantize.mode("{mode_name}")')
+
+
+def code_with(words: str) -> str:
+    """The one block of code for one's own model that has these words."""
+    (code,) = (code for code in CODE.findall(OWN_MODELS) if words in code)
+    return code
+
+
+def run_loop(setting: Quantized, mode_name: str, **more) -> dict:
+    """Runs the whole loop; returns its variables."""
+    given = {name: getattr(setting, name) for name in ("model", "batches", "validate", "train_one_epoch")}
+    given |= {"epochs": 12, "freeze_epoch": 11, "loss_fn": torch.nn.functional.cross_entropy, **more}
+    exec(in_mode(code_with("validate(model)"), mode_name), given)
+    return given
 
 
 @pytest.mark.parametrize("mode_name", quantize.MODES)
 def test_own_model(mode_name, tmp_path, monkeypatch):
-    """The whole loop, and what is written after it."""
-    loop, saving, *_ = CODE.findall(OWN_MODELS)
+    """The whole loop, and the file that is written after it."""
     setting = Quantized()
-    given = {name: getattr(setting, name) for name in ("model", "batches", "validate")}
-    given |= {"epochs": 12, "freeze_epoch": 11, "loss_fn": torch.nn.functional.cross_entropy}
-    exec(in_mode(loop, mode_name), given)
-    levels = 3 if "ternary" in mode_name else 2
-    assert setting.validated == [levels] * 12
-    assert setting.values() == levels
+    given = run_loop(setting, mode_name)
+    assert setting.validated == [LEVELS.get(mode_name, 2)] * 12
+    assert setting.values() == LEVELS.get(mode_name, 2)
     monkeypatch.chdir(tmp_path)
     before = copy.deepcopy(setting.model.state_dict())
-    exec(saving, given)
+    exec(code_with("save_packed"), given)
     assert all(torch.equal(value, before[name]) for name, value in setting.model.state_dict().items())
 
 
@@ -163,13 +176,52 @@ def test_own_model_in_the_readme(mode_name):
     setting = Quantized()
     given = {"torch": torch, "quantize": quantize, "model": setting.model, "train_one_epoch": setting.train_one_epoch}
     exec(in_mode(code, mode_name), given)
-    assert setting.values() == (3 if "ternary" in mode_name else 2)
+    assert setting.values() == LEVELS.get(mode_name, 2)
     assert given["optimizer"].frozen
+
+
+@pytest.mark.parametrize("mode_name", ["prox", "ttq"])
+def test_an_average_is_quantized(mode_name):
+    setting = Quantized()
+    given = run_loop(setting, mode_name, freeze_epoch=20)
+    exec(code_with("AveragedModel"), given)
+    weight = given["averaged"].module[2].weight
+    assert len(weight.unique()) == LEVELS.get(mode_name, 2)
+    levels = given["optimizer"].levels
+    assert set(weight.unique().tolist()) == ({*levels["2.weight"].tolist(), 0.0} if levels else {-1.0, 1.0})
+
+
+def test_several_methods_in_one_network():
+    setting = Quantized()
+    exec(code_with("*body, head"), {**run_loop(setting, "prox", epochs=0), "epochs": 12})
+    assert setting.values() == len(setting.model[0].weight.unique()) == 2
+    assert [len(row.unique()) for row in setting.model[4].weight] == [4] * 3
+
+
+def test_a_new_method():
+    setting, found = Quantized(), {}
+    exec(code_with("ProjectionMode"), found)
+    model, mode = setting.model, found["mode"]
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), mode.select(model), mode)
+    optimizer.set_strength(mode.strength(1e-2, 3))
+    setting.train_one_epoch(model, optimizer)
+    optimizer.freeze()
+    steps = model[2].weight.unique().diff()
+    assert 2 < len(steps) < 16
+    assert torch.allclose(steps / steps.min(), (steps / steps.min()).round(), atol=1e-4)
+
+
+def test_the_table_of_methods_is_complete():
+    stated = re.findall(r'^\| `"(\w+)"` \| .* \| (\w+) \|$', OWN_MODELS, re.MULTILINE)
+    assert stated == [(mode.name, "lazy" if mode.lazy else "eager") for mode in quantize.MODES.values()]
+    assert {mode.name for mode in list(quantize.MODES.values())[-5:]} == {
+        m.name for m in quantize.MODES.values() if m.any_quantizer
+    }
 
 
 def test_the_rate_is_the_published_one_at_the_published_length():
     found = {}
-    exec(CODE.findall(OWN_MODELS)[-1], found)
+    exec(code_with("rate_for"), found)
     assert found["rate_for"](7.8, 0.01, 391, 200) == pytest.approx(1e-4, rel=0.01)
     assert found["rate_for"](15.6, 0.01, 196, 400) == pytest.approx(1e-4, rel=0.01)
 
