@@ -748,7 +748,7 @@ def test_one_warm_start_is_claimed_only_of_equal_weights(tmp_path):
 
     def make(name, seed, sha256=None, **more):
         folder = make_run(tmp_path / f"{name}_run_{seed}", "prox", seed, 20.0, resume=str(start))
-        facts = {"path": str(start), "epoch": 6, "score": 83.0, "sha256": sha256, "finished": True, **more}
+        facts = {"path": str(start), "epoch": 6, "score": 83.0, "sha256": sha256, "finished": True, "of_epochs": 6, **more}
         return add_facts(folder, warm_start=facts) if sha256 else folder
 
     def words(*folders):
@@ -758,15 +758,15 @@ def test_one_warm_start_is_claimed_only_of_equal_weights(tmp_path):
     same = [make("same", 0, "ab" * 32), make("same", 1, "ab" * 32)]
     assert words(*same)[0] == [1]
     assert "have one checksum. The spread" in words(*same)[1]
-    other = make("same", 2, "cd" * 32, finished=False, epoch=3)
+    other = make("same", 2, "cd" * 32, finished=False)
     assert words(*same, other)[0] == [2]
     old = [make("old", 0), make("old", 1)]
     assert words(*old)[0] == [1]
     assert "as far as can be known" in words(*old)[1]
     assert "checksum, or (" in words(*old, *same)[1]
-    (one,) = (one for one in collected(*same, other)[1] if "unfinished" in one.reason)
+    (one,) = (one for one in collected(*same, other)[1] if "not at its end" in one.reason)
     assert one.run.folder == other
-    assert one.reason.startswith(f"it started from {start.parent.name}/fp_run_0, a run that was unfinished then, after 3 epochs")
+    assert one.reason.startswith(f"it started from {start.parent.name}/fp_run_0, a run that was not at its end then, of 6 epochs")
 
 
 def test_a_method_is_named_with_its_quantizer_and_bits(tmp_path):
@@ -820,7 +820,7 @@ def test_weights_near_their_level_before_the_freeze(tmp_path, capsys):
     folder = make_run(tmp_path / "run", "lazy", 0, 20.0)
     latent = {"fc.weight": torch.tensor([0.96, -0.97, 0.9, -0.3]), "conv1.weight": torch.tensor([[1.0, -0.951]])}
     final = {name: weight.sign() for name, weight in latent.items()}
-    kept = {"state_dict": final | {"fc.bias": torch.ones(9)}, "optimizer": {"latent": latent}}
+    kept = {"state_dict": final | {"fc.bias": torch.ones(9)}, "optimizer": {"latent": latent, "base_optimizer": {}}}
     checkpoints.save(folder / "checkpoint_epoch_4.pth.tar", kept)
     checkpoints.save(folder / checkpoints.LATEST, {"state_dict": final, "start_signs": final})
     assert weights.near_their_level(runs.read(folder), 0.05) == pytest.approx(4 / 6)

@@ -321,6 +321,19 @@ def test_the_freeze_goes_with_the_epochs(method, epochs):
     assert given.get("--reg_rate") == ("3.0" if "--reg_rate" in found else None)
 
 
+def test_every_mode_can_be_studied():
+    names = {"modes": quantize.MODES, "models": MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
+    listed = "import sys; sys.path.insert(0, 'scripts'); import study; print(*study.PUBLISHED)"
+    methods = subprocess.run([sys.executable, "-c", listed], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    modes = set()
+    for method, regime in itertools.product(methods, ("published", "common")):
+        found = study_arguments(method, regime)
+        parsed, warnings = arguments.parse([word for pair in found.items() for word in pair if word], **names)
+        assert warnings == [], method
+        modes.add(parsed.projection_mode)
+    assert modes == {None, *quantize.MODES}
+
+
 def test_a_quantizer_is_in_the_name_of_its_runs():
     command = [sys.executable, ROOT / "scripts" / "study.py", "name", "prox_alt", "common", "resnet20"]
     wished = {**os.environ, "BITS": "2", "BY_ROW": "1", "QUANTIZER": "uniform"}

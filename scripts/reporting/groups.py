@@ -60,7 +60,7 @@ def checksum(run: Run) -> str | None:
 def label_of(mode: str | None) -> str:
     """A mode's word in reports."""
     found = quantize.FULL_PRECISION if mode is None else quantize.MODES.get(mode)
-    return " ".join(mode.split()) if found is None else getattr(found, "label", None) or found.title.split(":")[0]
+    return found.label if found else " ".join(mode.split())
 
 
 def method_of(run: Run) -> str:
@@ -115,9 +115,12 @@ class Group:
 
     @property
     def bits(self) -> int | None:
-        """How many bits a weight has left, where they were chosen."""
-        found = self.identity.get("bits")
-        return found if isinstance(found, int) else None
+        """How many bits a weight has left; None where it is not known, or no whole number."""
+        quantizer, bits, by_row = (self.identity.get(name) for name in ("quantizer", "bits", "by_row"))
+        try:
+            return quantize.mode(self.mode, quantizer, bits, by_row).quantizer.bits
+        except (ValueError, TypeError, AttributeError):  # of another version
+            return bits if isinstance(bits, int) else None
 
     @property
     def measure(self) -> Measure:
@@ -290,9 +293,9 @@ def _started_from_unfinished(groups: list[Group]) -> list[LeftOut]:
     found = []
     for group in groups:
         for run in (run for run in group.runs if run.warm_start.get("finished") is False):
-            words = f"it started from {shown(run.warm_start.get('path'))}, a run that was unfinished then"
-            epoch = run.warm_start.get("epoch")
-            words += f", after {epoch} epochs" if isinstance(epoch, int) else ""
+            words = f"it started from {shown(run.warm_start.get('path'))}, a run that was not at its end then"
+            epochs = run.warm_start.get("of_epochs")
+            words += f", of {epochs} epochs" if isinstance(epochs, int) else ""
             found.append(LeftOut(run, f"{words}. In the tables it is group {group.number}"))
     return found
 

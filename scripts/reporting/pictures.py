@@ -252,13 +252,13 @@ def _draw_learned_levels(family: Family, title: str) -> Figure | None:
 
 
 def _draw_bits(section: Section, title: str) -> Figure | None:
-    """A line for each mode; None where all groups have one and the same number of bits."""
+    """A line for each mode; None where no mode was run with several numbers of bits."""
     by_mode: dict[str, list[tuple[int, Spread, dict[int, float]]]] = {}
     for group in section.groups:
         errors = group.at(group.freeze_epoch, "quant_error")
         if group.bits is not None and errors:
             by_mode.setdefault(group.mode, []).append((group.bits, group.spread(errors), errors))
-    if len({bits for points in by_mode.values() for bits, *_ in points}) < 2:
+    if not any(len({bits for bits, *_ in points}) > 1 for points in by_mode.values()):
         return None
     figure, axes = plt.subplots(figsize=(8, 4.9))
     for mode, points in by_mode.items():

@@ -59,7 +59,7 @@ def _latent(path: Path) -> dict[str, Any]:
     try:
         content = checkpoints.read(path)
         return quantize.latent_in(content["optimizer"]) or content["state_dict"]
-    except (checkpoints.UnreadableCheckpoint, KeyError, TypeError):
+    except (checkpoints.UnreadableCheckpoint, KeyError, TypeError, IndexError, AttributeError):
         return {}
 
 
