@@ -37,6 +37,7 @@ from quantize.metrics import binary_level, measure, quantization_error, sign_cha
 from quantize.modes import FULL_PRECISION, MODES, QUANTIZERS, ProjectionMode, mode
 from quantize.multibit import alternating, greedy_mean, greedy_median, uniform
 from quantize.optimizer import ProjectedOptimizer
+from quantize.packed_layers import PackedConv2d, PackedLinear, load_packed_layers, pack_layers
 from quantize.packing import PackedError, load_packed, save_packed
 from quantize.projection import NotFinite
 from quantize.pulls import piecewise_affine, prox_binary, prox_ternary, quadratic, soft
@@ -49,7 +50,9 @@ __all__ = [
     "MODES",
     "QUANTIZERS",
     "NotFinite",
+    "PackedConv2d",
     "PackedError",
+    "PackedLinear",
     "ProjectedOptimizer",
     "ProjectionMode",
     "Quantizer",
@@ -62,8 +65,10 @@ __all__ = [
     "latent_in",
     "learned_ternary",
     "load_packed",
+    "load_packed_layers",
     "measure",
     "mode",
+    "pack_layers",
     "piecewise_affine",
     "prox_binary",
     "prox_ternary",
