@@ -27,8 +27,8 @@ With ``r`` a rate, ``e`` the epoch counted from 0, ``lr`` the learning rate and 
 
 Where to read on: ``selectors`` (which parameters), ``quantizers`` and ``multibit`` (to what), ``pulls`` (how), ``modes`` (the
 table above as objects), ``optimizer`` (what a user holds) and ``projection`` (the step itself), ``metrics`` (what is watched),
-``packing`` (the finished network as a file of bits) and ``codes`` (one tensor of it). How it is fast: ``groups`` (levels by tensor
-and by row) and ``blocks`` (in place, in pieces of cache size).
+``packing`` (the finished network as a file of bits), ``codes`` (one tensor of it) and ``packed_layers`` (packed in memory too). How
+it is fast: ``groups`` (levels by tensor and by row) and ``blocks`` (in place, in pieces of cache size).
 
 Source: Bai, Wang, Liberty: "ProxQuant: Quantized Neural Networks via Proximal Operators", ICLR 2019.
 """

@@ -102,13 +102,14 @@ def check(coded: Coded) -> None:
     """Raises ValueError where codes or levels are none that ``encode`` makes; the line is about "it"."""
     if not coded.levels.isfinite().all() or (coded.levels.diff(dim=1) < 0).any():
         raise ValueError("its levels are not finite numbers in ascending order")
-    base, each = _digits_of(coded.coding)
-    if each and base**each <= 255 and (coded.codes.int() >= base**each).any():
+    (base, each), count, values = _digits_of(coded.coding), math.prod(coded.shape), coded.levels.shape[1]
+    if each and int(coded.codes.max()) >= base**each:
         raise ValueError(f"its codes go beyond {base**each - 1} in a byte")
-    count = math.prod(coded.shape)
-    codes = _unpack(coded.codes, coded.coding)
-    if (codes[:count] >= coded.levels.shape[1]).any() or codes[count:].any():
-        raise ValueError(f"its codes go beyond its {coded.levels.shape[1]} levels, or beyond its {count} values")
+    left = base ** (count % each) if each else 2 ** (count * (base.bit_length() - 1) % 8)  # values of what the last byte holds
+    if left > 1 and int(coded.codes[-1]) >= left:
+        raise ValueError(f"its codes go beyond its {count} values")
+    if values < base and int(_unpack(coded.codes, coded.coding, count).max()) >= values:
+        raise ValueError(f"its codes go beyond its {values} levels")
 
 
 def coding_for(values: int) -> str:
