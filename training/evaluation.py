@@ -92,8 +92,9 @@ def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict
     # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
     if content.get("hard_quantized") and content.get("projection_mode") == mode.name:
         return False
-    for _, weight in mode.select(model):
-        weight.copy_(mode.hard_quantize(weight))
+    latent = quantize.latent_in(content["optimizer"]) if "optimizer" in content else {}
+    for name, weight in mode.select(model):
+        weight.copy_(mode.hard_quantize(latent.get(name, weight)))
     return True
 
 
