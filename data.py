@@ -7,19 +7,23 @@ import torch
 
 from sources.batches import EVERYTHING, Batches, Share, TrainingBatches, ValidationBatches
 from sources.images import READERS, Say, hold_out, read_small_images
+from sources.text import FILES, read_text, training_windows, validation_windows
 
-DATASETS = (*READERS, "imagenet")
+TEXTS = tuple(FILES)
+DATASETS = (*READERS, "imagenet", *TEXTS)
 MIRRORED = {"mnist": False}  # digits are the one set here whose mirror images are of no class
 
 
 @dataclass(frozen=True)
 class Data:
-    """The two splits of a data set, its number of classes, and where it came from in words."""
+    """The splits of a data set, its number of classes, where it came from in words; and of a text, its test split and its words."""
 
     train: Batches
     validation: Batches
     classes: int
     source: str
+    test: Batches | None = None
+    words: tuple[str, ...] = ()
 
 
 def load(
@@ -40,7 +44,7 @@ def load(
         name: one of ``DATASETS``.
         data_dir: the folder that data sets lie in.
         device: where the batches are wanted.
-        batch_size: training images in a batch; the last batch of an epoch may be smaller.
+        batch_size: training images in a batch; the last batch of an epoch may be smaller. Of a text: streams side by side.
         seed: of order and augmentation.
         say: is given lines about what is being done.
         workers: processes that decode images (imagenet only).
@@ -51,6 +55,11 @@ def load(
     Raises:
         UsageError: if the data set is not there and cannot be had, or is damaged.
     """
+    if name in TEXTS:
+        text = read_text(name, data_dir)
+        validation, test = (validation_windows(tokens, device) for tokens in (text.validation, text.test))
+        train = training_windows(text.train, batch_size, device)
+        return Data(train, validation, len(text.words), text.source, test, text.words)
     if name == "imagenet":
         from sources.imagenet import load_imagenet  # on first use: it needs torchvision, which is slow to import
 

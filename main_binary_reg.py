@@ -1,4 +1,4 @@
-"""Trains a ResNet in full precision, or toward binary or ternary weights.
+"""Trains a ResNet, or a language model, in full precision or toward quantized weights.
 
 Full precision, the warm start of the others:
 
@@ -10,6 +10,10 @@ ProxQuant-binary from there:
     python main_binary_reg.py --model resnet --resume results/resnet20 --model_config "{'depth': 20}" --dataset cifar10 --gpu 0 \\
         --save resnet20_pq_binary_Adam_run_0 --batch-size 128 --epochs 300 --reg_rate 1e-4 --optimizer Adam --lr 0.01 \\
         --projection_mode prox --freeze_epoch 200 --tb_dir tb/resnet20_pq_binary_Adam_Freeze_200_run_0
+
+A language model on the sample text of this repository:
+
+    python main_binary_reg.py --model lstm --dataset sample_text --save austen
 
 One network on four GPUs, and on two machines of eight:
 
@@ -38,7 +42,7 @@ from training.folder import Run, facts_of_machine
 from training.log import log, log_to_terminal, warn
 from training.processes import Processes, check_synchronized, here, joined, launch, started_by_torchrun, synchronized
 from training.state import State, computed_before
-from training.tasks import task_of
+from training.tasks import check_words, task_of
 from utils import CannotWrite, UsageError
 
 
@@ -55,8 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(args, writes=processes.first)
         if run.finished:
             run.finish()
-            log.info(f"{run.folder}: complete, all {args.epochs} epochs are trained")
+            trained = run.checkpoint["epoch"]
+            why = f"all {args.epochs} epochs are trained" if trained >= args.epochs else f"its regime ends after {trained} epochs"
+            log.info(f"{run.folder}: complete, {why}")
             return 0
+        task_of(args.dataset).check(args, processes.several)
         gpus = utils.count_gpus(args.device)
         if args.capture:
             captured.check_place(gpus > 0, processes.several or len(args.gpus) > 1)
@@ -83,7 +90,10 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
     if args.sync_bn:
         model = synchronized(model, device)
         check_synchronized(sets.train.samples, args.batch_size, processes.share.count)
-    started_from = warm_start.load(model, args.resume, task) if args.resume and run.checkpoint is None else None
+    if run.checkpoint is not None:
+        check_words(run.checkpoint, sets.words, run.folder)
+    resumed = args.resume and run.checkpoint is None
+    started_from = warm_start.load(model, args.resume, task, sets.words) if resumed else None
 
     mode = quantize.MODES.get(args.projection_mode, quantize.FULL_PRECISION)
     regime = regimes.resolve_regime(args, model.regime, projected=args.projection_mode is not None)
@@ -95,8 +105,9 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
     optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode, capturable=args.capture)
     start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
     meter, carried = task.meter(device, processes.total), task.carried(model, sets.train)
-    state = State(task, model, optimizer, start_signs, meter, carried, args.start_epoch, warm_start=started_from)
-    compiled = computing.select_compile(args.compile, device, steps=(args.epochs - args.start_epoch) * len(sets.train))
+    state = State(task, model, optimizer, start_signs, meter, carried, args.start_epoch, sets.words, warm_start=started_from)
+    steps = (args.epochs - args.start_epoch) * len(sets.train) if task.gains_by_compiling else 0
+    compiled = computing.select_compile(args.compile, device, steps)
 
     with processes.first_one_first():
         run.open()
@@ -124,7 +135,7 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
             if run.checkpoint is None:
                 board.add_start(args, optimizer.latent, state.epoch)
             run.write_results(state.history)
-            while state.epoch < args.epochs:
+            while state.epoch < args.epochs and not state.ended:
                 try:
                     row = train_epoch(job, state)
                 except loops.Interrupted as interruption:
@@ -134,7 +145,7 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
                     log.info(f"{interruption} in epoch {state.epoch + 1}, {words}")
                     raise
                 finish_epoch(job, state, row, board)
-        log.info(f"{run.folder}: done, {task.best_in_words(state.best)}")
+        log.info(f"{run.folder}: done, {task.best_in_words(state.best, state.history[-1])}")
     except Exception as error:
         if not isinstance(error, loops.Interrupted):
             with contextlib.suppress(CannotWrite):

@@ -114,10 +114,11 @@ class Meter:
     Args:
         device: of the counts.
         total: sums the counts over the processes of a run; then all of them must read, save and load at the same time.
+        sums: how many are counted, beside the samples: loss, top-1 hits, top-5 hits.
     """
 
-    def __init__(self, device: torch.device, total: Callable[[Tensor], Tensor] = lambda counts: counts) -> None:
-        self._counts = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1 hits, top-5 hits, samples
+    def __init__(self, device: torch.device, total: Callable[[Tensor], Tensor] = lambda counts: counts, sums: int = 3) -> None:
+        self._counts = torch.zeros(sums + 1, dtype=torch.float64, device=device)  # the samples last
         self._total = total
 
     @torch.no_grad()
@@ -125,13 +126,19 @@ class Meter:
         """Counts a batch: ``(N, classes)`` logits, ``(N,)`` labels and their mean loss. With under 5 classes top-5 is all."""
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         hits = best == labels[:, None]
-        self._counts[:3] += torch.stack([loss.double() * len(labels), hits[:, 0].sum(), hits.sum()])
-        self._counts[3] += len(labels)
+        self._count(len(labels), [loss.double() * len(labels), hits[:, 0].sum(), hits.sum()])
+
+    def _count(self, samples: int | Tensor, sums: list[Tensor]) -> None:
+        self._counts[:-1] += torch.stack(sums)
+        self._counts[-1] += samples
 
     def read(self) -> dict[str, float]:
         """``loss`` (mean cross-entropy), ``error1`` and ``error5`` (percent); NaN before the first sample."""
         counts = self.state_dict()
-        (loss, top1, top5), samples = counts["sums"], counts["samples"]
+        return self._figures(counts["sums"], counts["samples"])
+
+    def _figures(self, sums: list[float], samples: int) -> dict[str, float]:
+        loss, top1, top5 = sums
         if not samples:
             return {"loss": float("nan"), "error1": float("nan"), "error5": float("nan")}
         return {"loss": loss / samples, "error1": 100 * (samples - top1) / samples, "error5": 100 * (samples - top5) / samples}

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from torch import nn
 
+from models.lstm import lstm
 from models.resnet import resnet
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"resnet": resnet}
+MODELS: dict[str, Callable[..., nn.Module]] = {"resnet": resnet, "lstm": lstm}
 
-__all__ = ["MODELS", "resnet"]
+__all__ = ["MODELS", "lstm", "resnet"]

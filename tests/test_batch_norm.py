@@ -75,7 +75,7 @@ def test_the_layer_compiled_is_the_layer():
     torch.manual_seed(0)
     images = torch.randn(4, 3, 5, 5)
     layers = [nn.BatchNorm2d(3), nn.BatchNorm2d(3)]
-    networks = [CompiledNetwork(layers[0], batch_size=4), layers[1]]
+    networks = [CompiledNetwork(layers[0], length=4), layers[1]]
     assert [type(layer) for layer in layers] == [BatchNorm, nn.BatchNorm2d]
     gradients = []
     for layer, network in zip(layers, networks, strict=True):

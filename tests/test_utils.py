@@ -75,6 +75,6 @@ def test_a_compiled_step_is_the_eager_one_to_rounding():
     )
     images = torch.randn(5, 3, 8, 8)
     expected = eager(images)
-    network = computing.CompiledNetwork(eager, batch_size=5)
+    network = computing.CompiledNetwork(eager, length=5)
     torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
     assert network(images[:3]).shape == (3, 3)

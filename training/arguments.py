@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
+from training import tasks
 from utils import UsageError
 
 DESCRIPTION = """\
-Trains a ResNet in full precision or toward binary or ternary weights (ProxQuant, BinaryConnect), logs to TensorBoard, and
-continues an unfinished run when the same command is given again."""
+Trains a ResNet, or an LSTM on text, in full precision or toward quantized weights (ProxQuant, BinaryConnect), logs to TensorBoard,
+and continues an unfinished run when the same command is given again."""
 
 
 _NOT_TYPED = object()
@@ -74,9 +75,9 @@ def _model_config(text: str) -> dict[str, Any]:
     value = _literal(text or "{}")
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a dict literal like {{'depth': 20}} is needed")
-    unknown = [key for key in value if key not in ("depth", "num_classes")]
+    unknown = [key for key in value if key not in ("depth", "hidden", "num_classes")]
     if unknown:
-        raise argparse.ArgumentTypeError(f"the key {unknown[0]!r} is not known: depth and num_classes are accepted")
+        raise argparse.ArgumentTypeError(f"the key {unknown[0]!r} is not known: depth, hidden and num_classes are accepted")
     return value
 
 
@@ -131,39 +132,61 @@ def build_parser(
     )
     add = parser.add_argument_group("data and network").add_argument
     add("--dataset", type=_word_from(datasets), default="cifar10", metavar="NAME", help=f"{', '.join(datasets)} (default: cifar10)")
-    add("--data_dir", type=_path, default="Datasets", metavar="DIR", help="folder that data sets lie in (default: Datasets)")
+    add(
+        "--data_dir",
+        type=_path,
+        default="Datasets",
+        metavar="DIR",
+        help="folder that data sets lie in, of text: that train.txt, valid.txt and test.txt lie in (default: Datasets)",
+    )
     add("-j", "--workers", type=_COUNT_OR_ZERO, default=8, metavar="N",
         help="processes that decode imagenet images, for each GPU (default: 8)")  # fmt: skip
     add("--holdout", type=_COUNT_OR_ZERO, default=0, metavar="N",
         help="for tuning: validate on N training images, which are then not trained on (default: 0)")  # fmt: skip
     add("--input_size", type=_number(int, lambda v: 32 <= v <= 2048, "a whole number from 32 to 2048"), metavar="PIXELS",
         help="side of the images that imagenet is cropped to (default: 224); every other data set is 32")  # fmt: skip
-    add("-a", "--model", type=_word_from(models), default="resnet", metavar="NAME", help=f"{', '.join(models)} (default: resnet)")
+    add(
+        "-a",
+        "--model",
+        type=_word_from(models),
+        default="resnet",
+        metavar="NAME",
+        help=f"{', '.join(models)} (default: resnet; text: lstm)",
+    )
     add("--model_config", type=_model_config, default={}, metavar="DICT",
-        help="dict literal with depth (6n+2, imagenet: 18, 34, 50, 101, 152; default: 20, imagenet: 18) and num_classes "
-        "(default: the data set's)")  # fmt: skip
+        help="dict literal with depth (6n+2, imagenet: 18, 34, 50, 101, 152; default: 20, imagenet: 18), hidden (lstm: units; "
+        "default: 300) and num_classes (default: the data set's)")  # fmt: skip
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=_COUNT, default=2500, metavar="N", help="epochs to train in all (default: 2500)")
+    add("--epochs", type=_COUNT, default=2500, metavar="N", help="epochs to train in all (default: 2500; text: 80)")
     add("--start-epoch", type=_COUNT_OR_ZERO, default=0, metavar="N",
         help="number of the first epoch, which regime and strength count from (default: 0)")  # fmt: skip
-    add("-b", "--batch-size", type=_COUNT, default=256, metavar="N", help="training images in a batch (default: 256)")
+    add(
+        "-b",
+        "--batch-size",
+        type=_COUNT,
+        default=256,
+        metavar="N",
+        help="training images in a batch, of a text: streams that are read side by side (default: 256; text: 20)",
+    )
     add("--optimizer", type=_word_from(optimizers), default="SGD", metavar="NAME",
         help=f"{', '.join(optimizers)} (default: SGD, with the network's published regime)")  # fmt: skip
     add("--lr", "--learning_rate", type=_RATE, default=0.1, metavar="LR",
-        help="learning rate at epoch 0; later ones in a regime keep their ratio to it (default: 0.1)")  # fmt: skip
-    add("--momentum", type=_RATE, default=0.9, metavar="M", help="momentum of SGD (default: 0.9)")
+        help="learning rate at epoch 0; later ones in a regime keep their ratio to it (default: 0.1; text: 20)")  # fmt: skip
+    add("--momentum", type=_RATE, default=0.9, metavar="M", help="momentum of SGD (default: 0.9; text: 0)")
     add("--weight-decay", "--wd", type=_RATE, default=1e-4, metavar="W",
-        help="weight decay (default: 1e-4; 0 with Adam and with a projection mode)")  # fmt: skip
+        help="weight decay (default: 1e-4; 0 with Adam, with a projection mode and for text)")  # fmt: skip
     add("--regime", type=_regime, metavar="DICT",
-        help="dict literal {epoch: {setting: value}} in place of the regime, e.g. {0: {'lr': 0.1}, 9: {'lr': 0.01}}")  # fmt: skip
+        help="dict literal {epoch: {setting: value}} in place of the regime, e.g. {0: {'lr': 0.1}, 9: {'lr': 0.01}}; the settings "
+        "are the optimizer's, and clip_norm (of the gradient), plateau (divides the rate after an epoch whose validation is not "
+        "the best so far) and end_below (a rate)")  # fmt: skip
     add("--binary_regime", action="store_true", help="regime of BinaryConnect: Adam at 0.01, 1e-3 from epoch 81, 1e-4 from 122")
     add("--ttq_regime", action="store_true", help="regime of the TTQ runs: SGD at 0.1, weight decay 2e-4, steps at 80, 120, 300")
     add("--no_adjust", action="store_true", help="keep the regime's settings of epoch 0 for the whole run")
     add("--keep_optimizer_state", action="store_true",
         help="carry momentum and moments from epoch to epoch (default: each starts from zero, as published)")  # fmt: skip
     add("--seed", type=_number(int, lambda v: 0 <= v < 2**63, "a whole number from 0 up"), default=0, metavar="N",
-        help="of initial weights, order and augmentation (default: 0)")  # fmt: skip
+        help="of initial weights, order, augmentation and dropout (default: 0)")  # fmt: skip
 
     add = parser.add_argument_group("quantization").add_argument
     add("--projection_mode", type=_word_from(modes), metavar="MODE",
@@ -204,8 +227,8 @@ def build_parser(
         help="of forward and backward passes: fp32, bf16 (autocast; weights, statistics and optimizer stay fp32), or auto: bf16 "
         "where the hardware computes it natively (default: auto)")  # fmt: skip
     add("--compile", type=_word_from(("auto", "on", "off")), default="auto", metavar="NAME",
-        help="compile the network for training (torch.compile): on, off, or auto: on a CPU with a C++ compiler if the run is "
-        "long enough to gain; without CUDA graphs, which --capture is for (default: auto)")  # fmt: skip
+        help="compile the network for training (torch.compile): on, off, or auto: on a CPU with a C++ compiler if a run on "
+        "images is long enough to gain; without CUDA graphs, which --capture is for (default: auto)")  # fmt: skip
     add("--capture", action="store_true", help="record a training step as a CUDA graph and replay it: for small networks on a GPU")
     add("--tf32", action="store_true", help="let CUDA round fp32 products to TF32: faster, not exact")
     add("--deterministic", action="store_true", help="bit-identical repetitions on CUDA too, at some cost; the CPU's always are")
@@ -234,20 +257,19 @@ def parse(argv: list[str] | None, **names: Any) -> tuple[argparse.Namespace, lis
     # Attributes that are there already are not overwritten by defaults: what is still absent afterwards was not typed.
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), _NOT_TYPED)))
     args.typed = frozenset(name for name, value in vars(given).items() if value is not _NOT_TYPED)
+    tasks.set_defaults(args, args.dataset)
     return args, check(args, names["modes"].get(args.projection_mode))
 
 
 def check(args: argparse.Namespace, mode: Any) -> list[str]:
     """Warnings about arguments without effect; raises UsageError on those that contradict each other."""
     warnings = []
-    if args.input_size is not None and args.input_size < 40 and args.dataset == "imagenet":
-        raise UsageError(f"--input_size {args.input_size}: nothing is left of smaller images than 40 in the last layers")
-    if args.input_size is not None and args.dataset != "imagenet" and args.input_size != 32:
-        raise UsageError(f"--input_size {args.input_size}: {args.dataset} is 32 pixels wide; only imagenet takes another size")
     if args.evaluate is not None:
         return warnings
     if args.recalibrate:
         raise UsageError(f"--recalibrate {args.recalibrate}: training does not re-estimate BatchNorm's statistics, only --evaluate")
+    tasks.check_model(args.model, args.dataset)
+    tasks.task_of(args.dataset).check(args, several=False)
     if args.binary_regime + args.ttq_regime + (args.regime is not None) > 1:
         raise UsageError("--regime, --binary_regime and --ttq_regime: only one of them can be chosen")
     if args.start_epoch >= args.epochs:

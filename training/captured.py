@@ -121,5 +121,6 @@ def check_regime(regime: regimes.Regime, epochs: int) -> None:
         settings = regimes.settings_at(regime, epoch)
         if not regimes.capturable(settings):
             kinds = ", ".join(kind.__name__ for kind in regimes.FUSED)
-            what = settings["optimizer"] + (" with dampening" if settings.get("dampening") else "")
-            raise UsageError(f"--capture: {what} (epoch {epoch}) cannot be captured; {kinds} without dampening can")
+            named = [name for name in ("dampening", "clip_norm") if settings.get(name)]
+            what = settings["optimizer"] + (f" with {' and '.join(named)}" if named else "")
+            raise UsageError(f"--capture: {what} (epoch {epoch}) cannot be captured; {kinds} without dampening or clip_norm can")

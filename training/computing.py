@@ -131,23 +131,23 @@ def decide(
 
 
 class CompiledNetwork(nn.Module):
-    """A network's training forward pass, compiled for one batch size; batches of another size go through the network itself.
+    """A network's training forward pass, compiled for inputs of one length; those of another go through the network itself.
 
     The smaller last batch of an epoch would cost a second compilation for a few milliseconds of gain. On a CPU the network's batch
     normalization compiles to faster loops from here on, see ``batch_norm``.
     """
 
-    def __init__(self, model: nn.Module, batch_size: int) -> None:
+    def __init__(self, model: nn.Module, length: int) -> None:
         super().__init__()
-        self.model, self._batch_size = model, batch_size
+        self.model, self._length = model, length
         if next(model.parameters()).device.type == "cpu":
             batch_norm.swap_in(model)
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where there is no GPU
         self._compiled = [torch.compile(model, dynamic=False)]  # in a list: not a second copy of the parameters
 
-    def forward(self, images: Tensor) -> Tensor:
-        """``(N, 3, H, W)`` images to ``(N, classes)`` logits."""
-        return (self._compiled[0] if len(images) == self._batch_size else self.model)(images)
+    def forward(self, inputs: Tensor, *carried: Tensor) -> Any:
+        """What the network makes of the inputs, and of what is carried from batch to batch."""
+        return (self._compiled[0] if len(inputs) == self._length else self.model)(inputs, *carried)
 
 
 def keep_freed_memory() -> None:

@@ -1,5 +1,6 @@
 """One epoch of a run: training, both validations, and what is written down at its end."""
 
+import copy
 import functools
 import math
 import time
@@ -12,7 +13,8 @@ from torch import nn
 
 import data
 import quantize
-from training import captured, loops, regimes, tracking
+from sources.batches import Batches
+from training import captured, checkpoints, loops, regimes, tracking
 from training.computing import Precision
 from training.folder import Run
 from training.log import log
@@ -79,7 +81,7 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
     """An epoch's training and validations; returns its row of results."""
     began = time.perf_counter() - state.seconds
     args, optimizer = job.args, state.optimizer
-    settings = regimes.settings_at(job.regime, state.epoch)
+    settings = regimes.settings_at(job.regime, state.epoch, state.history)
     if args.freeze_epoch != -1 and state.epoch >= args.freeze_epoch and optimizer.projecting:
         optimizer.freeze()
         log.info(f"frozen after {state.epoch} epochs: the quantized weights stay as they are, the rest trains on")
@@ -114,6 +116,9 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
             if state.best is None or state.task.better(score, state.best):
                 state.best = score
                 job.run.save_best({**state.network(args), "epoch": state.epoch + 1, "results": row})
+        last = state.epoch + 1 == args.epochs or regimes.ended(job.regime, state.epoch + 1, [*state.history, row])
+        if last and job.sets.test is not None:
+            row["test_ppl"] = test(job, state)["ppl"]
     finally:
         state.seconds = time.perf_counter() - began
     return {**row, "seconds": round(state.seconds, 3)}
@@ -145,12 +150,14 @@ def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:
         if args.capture:
             regimes.make_capturable(optimizer.base_optimizer, job.device)
     if optimizer.projecting:
-        optimizer.set_strength(strength_in(state.epoch, args, job.mode, job.regime))
+        optimizer.set_strength(strength_in(state.epoch, args, job.mode, job.regime, state.history))
 
 
-def strength_in(epoch: int, args: Namespace, mode: quantize.ProjectionMode, regime: regimes.Regime) -> float:
+def strength_in(
+    epoch: int, args: Namespace, mode: quantize.ProjectionMode, regime: regimes.Regime, history: regimes.History = ()
+) -> float:
     """Strength of the projection in an epoch, before a step's learning rate scales it."""
-    strength, lr = mode.strength(args.rate, epoch), regimes.settings_at(regime, epoch)["lr"]
+    strength, lr = mode.strength(args.rate, epoch), regimes.settings_at(regime, epoch, history)["lr"]
     return strength * (regime[0]["lr"] / lr) if args.adjust_reg and lr else strength
 
 
@@ -168,10 +175,21 @@ def check_strength(args: Namespace, mode: quantize.ProjectionMode, regime: regim
 
 def validate(job: Job, state: State) -> dict[str, float]:
     """The task's figures of the network as it is now."""
+    return _figures(job, state, state.model, job.sets.validation)
+
+
+def test(job: Job, state: State) -> dict[str, float]:
+    """The task's figures on test data of the best network so far, as it was saved: hard-quantized where a mode is on."""
+    path, model = job.run.folder / checkpoints.BEST, copy.deepcopy(state.model)
+    checkpoints.load_weights(model, checkpoints.read(path), path)
+    return _figures(job, state, model, job.sets.test)
+
+
+def _figures(job: Job, state: State, model: nn.Module, batches: Batches) -> dict[str, float]:
     return loops.validate(
         state.task,
-        state.model,
-        job.sets.validation,
+        model,
+        batches,
         state.task.meter(job.device, job.processes.total),
         job.precision,
         lambda: job.stop.answer(*job.processes.largest(job.stop.number)),
@@ -188,13 +206,14 @@ def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Bo
     row |= {metric: sum(values.values()) / len(values) for metric, values in metrics.items()}
     state.history.append(row)
     state.epoch, state.step, state.seconds = state.epoch + 1, 0, 0.0
+    state.ended = regimes.ended(job.regime, state.epoch, state.history)
     state.meter.reset()
     for tensor in state.carried:
         tensor.zero_()
     board.add_epoch(row, metrics)
     if state.epoch % max(1, args.epochs // tracking.HISTOGRAMS) == 0 or state.epoch in (args.freeze_epoch, args.epochs):
         board.add_histograms(optimizer.latent, state.epoch)
-    if state.epoch == args.epochs:
+    if state.ended or state.epoch == args.epochs:
         board.add_final(args, row, state.best)
     board.flush()
     words = f"{state.task.epoch_in_words(row)}, lr {row['lr']:g}, strength {row['strength']:g}, {row['seconds']:.1f} s"

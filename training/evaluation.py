@@ -14,12 +14,11 @@ from torch import Tensor, nn
 import data
 import quantize
 from models import MODELS
-from training import checkpoints, loops
+from training import checkpoints, loops, tasks
 from training.batch_norm import re_estimate
 from training.computing import Precision, select_precision
 from training.log import log, warn
 from training.processes import ALONE, Processes
-from training.tasks import task_of
 from utils import UsageError, select_device
 
 
@@ -39,6 +38,10 @@ def read_kept(args: Namespace) -> Kept:
     """Reads the checkpoint that ``args.evaluate`` names; what the user has not given of precision and data is set from it."""
     path = checkpoints.locate(Path(args.evaluate))
     content = checkpoints.read(path)
+    model, dataset = _given_or_kept(args, content, "model", MODELS), _given_or_kept(args, content, "dataset", data.DATASETS)
+    tasks.set_defaults(args, dataset)
+    tasks.check_model(model, dataset)
+    tasks.task_of(dataset).check(args, several=False)
     args.precision = _given_or_kept(args, content, "precision", ("auto", "fp32", "bf16"))
     args.holdout = _given_or_kept(args, content, "holdout", range(2**31))
     args.input_size = _given_or_kept(args, content, "input_size", (None, *range(32, 2049)))
@@ -46,15 +49,15 @@ def read_kept(args: Namespace) -> Kept:
     return Kept(
         path,
         content,
-        _given_or_kept(args, content, "model", MODELS),
-        _given_or_kept(args, content, "dataset", data.DATASETS),
+        model,
+        dataset,
         _config_of(content) | args.model_config,
         quantize.MODES.get(mode_name, quantize.FULL_PRECISION),
     )
 
 
 def evaluate(args: Namespace) -> int:
-    """Prints plain and hard-quantized loss and errors of a checkpoint. What is not given comes from the checkpoint."""
+    """Prints plain and hard-quantized figures of a checkpoint, of a text also on its test part; what is not given is read there."""
     kept = read_kept(args)
     path, mode = kept.path, kept.mode
     device, warning = select_device(args.device, args.gpus, "gpus" in args.typed)
@@ -67,22 +70,27 @@ def evaluate(args: Namespace) -> int:
         warn(f"--holdout {args.holdout}: {held} images were held out of this network's training; it was trained on the others")
         source = source.replace(" held out", "")
     model = build_model(kept.model, kept.dataset, kept.config, sets.classes).to(device, memory_format=torch.channels_last)
+    tasks.check_words(kept.content, sets.words, path)
     checkpoints.load_weights(model, kept.content, path)
 
     log.info(f"{path}: {kept.model} {kept.config} on {source}, projection mode {mode.name}")
-    task = task_of(kept.dataset)
-    found = {"as it is": loops.validate(task, model, sets.validation, task.meter(device), precision)}
+    task = tasks.task_of(kept.dataset)
+
+    def say(words: str) -> None:
+        for batches, split in ((sets.validation, ""), (sets.test, ", test")):
+            if batches is not None:
+                figures = loops.validate(task, model, batches, task.meter(device), precision)
+                log.info(f"{words}{split}: {task.evaluation_in_words(figures)}")
+
+    if mode is quantize.FULL_PRECISION and args.recalibrate:
+        raise UsageError(f"--recalibrate {args.recalibrate}: {path} is in full precision, nothing changes under its statistics")
+    say("as it is")
     if mode is not quantize.FULL_PRECISION:
         hard_quantize(model, mode, kept.content)
-        found["hard-quantized"] = loops.validate(task, model, sets.validation, task.meter(device), precision)
+        say("hard-quantized")
         if args.recalibrate:
             recalibrate(model, sets, precision, args.recalibrate)
-            words = f"hard-quantized, BatchNorm's statistics from {args.recalibrate} training batches"
-            found[words] = loops.validate(task, model, sets.validation, task.meter(device), precision)
-    elif args.recalibrate:
-        raise UsageError(f"--recalibrate {args.recalibrate}: {path} is in full precision, nothing changes under its statistics")
-    for words, figures in found.items():
-        log.info(f"{words}: {task.evaluation_in_words(figures)}")
+            say(f"hard-quantized, BatchNorm's statistics from {args.recalibrate} training batches")
     return 0
 
 
@@ -158,4 +166,4 @@ def _config_of(content: dict[str, Any]) -> dict[str, Any]:
             config = ast.literal_eval(config)
         except (ValueError, SyntaxError):
             config = {}
-    return {name: config[name] for name in ("depth", "num_classes") if isinstance(config, dict) and name in config}
+    return {name: config[name] for name in ("depth", "hidden", "num_classes") if isinstance(config, dict) and name in config}

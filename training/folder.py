@@ -158,8 +158,9 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """True where all epochs have been trained already."""
-        return self.checkpoint is not None and self.checkpoint["epoch"] >= self._arguments["epochs"]
+        """True where all epochs have been trained already, or as many as the run's regime lets it train."""
+        trained = self.checkpoint
+        return trained is not None and (trained["epoch"] >= self._arguments["epochs"] or trained.get("ended", False))
 
     def finish(self) -> None:
         """Makes up for a process that died between the last checkpoint and the end, and for files that were deleted since."""

@@ -1,13 +1,17 @@
 """Regimes: which optimizer with which settings from which epoch on, and the optimizer that they ask for.
 
 A regime maps an epoch (counted from 0) to settings that hold from there on; a later entry changes what it names and keeps the
-rest. Settings are ``optimizer`` (a name in ``OPTIMIZERS``) and that optimizer's own arguments (``lr``, ``momentum``, ...).
+rest. Settings are ``optimizer`` (a name in ``OPTIMIZERS``), that optimizer's own arguments (``lr``, ``momentum``, ...), and with
+every optimizer those in ``OWN``, by which a regime can follow the validation: it then needs the rows of results so far, and no
+memory of its own.
 """
 
+import functools
 import inspect
+import math
 import sys
 from argparse import Namespace
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ import torch
 from utils import UsageError
 
 Regime = dict[int, dict[str, Any]]
+History = Sequence[Mapping[str, Any]]  # rows of results.csv, one an epoch
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     kind.__name__: kind
@@ -31,6 +36,12 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
         torch.optim.ASGD,
         torch.optim.Rprop,
     )
+}
+# Settings of every optimizer, and what they accept.
+OWN = {
+    "clip_norm": "a number above 0",  # the gradient is shortened to this norm
+    "plateau": "a number above 1",  # the rate is divided by it after an epoch whose validation loss is not the best so far
+    "end_below": "a number from 0 up",  # the run ends when the rate falls below it
 }
 # Those that torch has in a fused form: a few kernels for all parameters, which also read the learning rate from the device.
 FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -100,7 +111,10 @@ def resolve_regime(args: Namespace, model_regime: Regime, projected: bool) -> Re
         regime[0]["lr"] = args.lr
         _check_values(regime, args.typed)  # again: a rate may have grown beyond all numbers
     if args.no_adjust:
-        regime = {0: regime[0]}
+        regime = {0: {name: value for name, value in regime[0].items() if name != "plateau"}}
+    lowest = regime[0].get("end_below", 0.0)
+    if regime[0]["lr"] < lowest:
+        raise UsageError(f"--lr {regime[0]['lr']}: the regime ends below {lowest}; a higher rate is needed")
     return regime
 
 
@@ -112,7 +126,7 @@ def _without_decay(regime: Regime) -> Regime:
 def _drop_foreign(regime: Regime, own: Collection[str], typed: Collection[str]) -> None:
     """A regime made for SGD keeps its momentum and decay out of an Adam that was asked for; what the user typed waits for SGD."""
     waits = any(entry.get("optimizer") == "SGD" for epoch, entry in regime.items() if epoch)
-    accepted = {"optimizer", *own, *(() if waits else typed), *_accepted(regime[0]["optimizer"])}
+    accepted = {"optimizer", *OWN, *own, *(() if waits else typed), *_accepted(regime[0]["optimizer"])}
     regime[0] = {name: value for name, value in regime[0].items() if name in accepted}
 
 
@@ -127,29 +141,79 @@ def _complete(regime: Regime, of_sgd: dict[str, Any]) -> None:
         before = optimizer
 
 
-def settings_at(regime: Regime, epoch: int) -> dict[str, Any]:
-    """The settings that hold in an epoch. A change of optimizer drops what the new one does not take."""
+def settings_at(regime: Regime, epoch: int, history: History = ()) -> dict[str, Any]:
+    """The settings that hold in an epoch. A change of optimizer drops what the new one does not take.
+
+    Args:
+        regime: of the run.
+        epoch: counted from 0.
+        history: the rows of results, of the epochs before this one at least.
+    """
     settings: dict[str, Any] = {}
+    rate_set_at = 0
     for start in sorted(start for start in regime if start <= epoch):
         entry = regime[start]
         if entry.get("optimizer", settings.get("optimizer")) != settings.get("optimizer"):
-            settings = {name: value for name, value in settings.items() if name in _accepted(entry["optimizer"])}
+            settings = {name: value for name, value in settings.items() if name in (*OWN, *_accepted(entry["optimizer"]))}
         settings.update(entry)
+        rate_set_at = start if "lr" in entry else rate_set_at
+    if "plateau" in settings:
+        settings["lr"] /= settings["plateau"] ** _plateaus(history, rate_set_at, epoch)
     return settings
 
 
+def ended(regime: Regime, epoch: int, history: History) -> bool:
+    """Whether the regime lets no more epoch be trained after so many."""
+    settings = settings_at(regime, epoch, history)
+    return settings["lr"] < settings.get("end_below", 0.0)
+
+
+def from_json(regime: Mapping[str, Any]) -> Regime:
+    """A regime as ``args.json`` has it: JSON makes its epochs text."""
+    return {int(epoch): entry for epoch, entry in regime.items()}
+
+
+def _plateaus(history: History, since: int, epoch: int) -> int:
+    """How many of the epochs from ``since`` to before ``epoch`` have a validation loss that is not the best so far.
+
+    It is that of the hard-quantized network where there is one, as in the choice of the best epoch.
+    """
+    count, best = 0, float("inf")
+    for row in history:
+        loss = row["val_loss"] if row.get("val_loss_bin") is None else row["val_loss_bin"]
+        if since < row["epoch"] <= epoch and not loss < best:
+            count += 1
+        best = min(best, loss)
+    return count
+
+
 def build_optimizer(parameters: Iterable[torch.Tensor], settings: dict[str, Any]) -> torch.optim.Optimizer:
-    """A new optimizer over the parameters, in torch's fused form where it has one."""
+    """A new optimizer over the parameters, in torch's fused form where it has one. It clips the gradients at its steps."""
     kind = OPTIMIZERS[settings["optimizer"]]
-    arguments = {name: value for name, value in settings.items() if name != "optimizer"}
+    arguments = {name: value for name, value in settings.items() if name not in ("optimizer", *OWN)}
     if kind in FUSED:
         arguments["fused"] = True
-    return kind(list(parameters), **arguments)
+    optimizer = kind(list(parameters), **arguments)
+    _set_clip_norm(optimizer, settings)
+    return optimizer
+
+
+def _set_clip_norm(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
+    """Has each step of the optimizer shorten the gradient to ``clip_norm`` first, where the settings have one."""
+    if hasattr(optimizer, "clipping"):
+        optimizer.clipping.remove()
+    if "clip_norm" in settings:
+        optimizer.clipping = optimizer.register_step_pre_hook(functools.partial(_clip_gradients, settings["clip_norm"]))
+
+
+def _clip_gradients(norm: float, optimizer: torch.optim.Optimizer, arguments: tuple, named_arguments: dict) -> None:
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, norm, foreach=True)
 
 
 def capturable(settings: dict[str, Any]) -> bool:
     """Whether the steps of an optimizer with these settings can be captured, and its state be made new by zeros."""
-    return OPTIMIZERS[settings["optimizer"]] in FUSED and not settings.get("dampening")
+    return OPTIMIZERS[settings["optimizer"]] in FUSED and not settings.get("dampening") and "clip_norm" not in settings
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
@@ -171,8 +235,9 @@ def update_settings(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) 
         for name, value in settings.items():
             if isinstance(group.get(name), torch.Tensor):
                 group[name].fill_(value)
-            elif name != "optimizer":
+            elif name not in ("optimizer", *OWN):
                 group[name] = value
+    _set_clip_norm(optimizer, settings)
 
 
 @torch.no_grad()
@@ -205,9 +270,12 @@ def _check_values(regime: Regime, typed: Collection[str]) -> None:
         for name, value in settings.items():
             if name == "optimizer":
                 continue
+            if name in OWN:
+                _check_own(epoch, name, value)
+                continue
             if name not in accepted:
                 where = f"--{name.replace('_', '-')} {value}" if name in typed else f"--regime: epoch {epoch}: {name} {value}"
-                raise UsageError(f"{where}: {optimizer} has no setting {name}; it has {', '.join(accepted)}")
+                raise UsageError(f"{where}: {optimizer} has no setting {name}; it has {', '.join((*accepted, *OWN))}")
             numbers = value if isinstance(value, (tuple, list)) else (value,)
             if not all(abs(number) <= sys.float_info.max for number in numbers if isinstance(number, (int, float))):
                 raise UsageError(f"--regime: epoch {epoch}: {name} {value} is not a finite number")
@@ -217,3 +285,9 @@ def _check_values(regime: Regime, typed: Collection[str]) -> None:
             build_optimizer([torch.zeros(1, requires_grad=True)], settings)
         except (TypeError, ValueError, RuntimeError, IndexError, OverflowError) as error:
             raise UsageError(f"--regime: epoch {epoch}: {optimizer} does not take {settings} ({error})") from None
+
+
+def _check_own(epoch: int, name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value < 0 or (value == 0 and name == "clip_norm") or (value <= 1 and name == "plateau"):
+        raise UsageError(f"--regime: epoch {epoch}: {name} {value!r} is not accepted: {OWN[name]} is needed")

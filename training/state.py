@@ -28,10 +28,12 @@ class State:
     meter: counts of the current epoch's training.
     carried: what the task carries from batch to batch, overwritten in place.
     epoch: epochs trained, which is the number of the current one (counted from 0).
+    words: the vocabulary of a text, by number.
     step: steps trained in the current epoch.
     seconds: spent in the current epoch by processes that were interrupted.
     best: best score so far, see ``Task.score``; None before the first.
     history: the rows of results.csv.
+    ended: whether the regime lets no more epoch be trained.
     computed: how the network is computed, see ``computing.decide``.
     warm_start: what the run started from, see ``warm_start.load``; None where it began with random weights.
     """
@@ -43,10 +45,12 @@ class State:
     meter: Meter
     carried: list[Tensor]
     epoch: int
+    words: tuple[str, ...] = ()
     step: int = 0
     seconds: float = 0.0
     best: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    ended: bool = False
     computed: dict[str, Any] = field(default_factory=dict)
     warm_start: dict[str, Any] | None = None
 
@@ -68,6 +72,7 @@ class State:
             "random": _random_state(),
             "hard_quantized": self.optimizer.frozen,
             "computed": self.computed,
+            "ended": self.ended,
         }
         self._require_finite(content)
         return content
@@ -84,6 +89,7 @@ class State:
     def network(self, args: Namespace) -> dict[str, Any]:
         """The network as it is now (inside ``hard_quantized()``: the quantized one), and what is needed to build it."""
         return {
+            **({"words": list(self.words)} if self.words else {}),
             "epoch": self.epoch,
             "model": args.model,
             "config": self.model.config,
@@ -114,7 +120,7 @@ class State:
             for tensor, saved in zip(self.carried, content.get("carried", []), strict=True):
                 tensor.copy_(saved)
             # At step 0 the optimizer is still that of the epoch before.
-            settings = regimes.settings_at(regime, self.epoch if self.step else max(self.epoch - 1, 0))
+            settings = regimes.settings_at(regime, self.epoch if self.step else max(self.epoch - 1, 0), self.history)
             self.optimizer.base_optimizer = regimes.build_optimizer(self.model.parameters(), settings)
             self.optimizer.load_state_dict(content["optimizer"])
             self.start_signs = {name: content["start_signs"][name].to(sign) for name, sign in self.start_signs.items()}
@@ -139,6 +145,7 @@ NETWORK_KEYS = frozenset(
         "hard_quantized",
         "frozen",
         "state_dict",
+        "words",
     }
 )
 

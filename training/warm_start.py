@@ -3,23 +3,25 @@
 import csv
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from training import checkpoints
+from training import checkpoints, regimes
 from training.log import warn
-from training.tasks import Task
+from training.tasks import Task, check_words
 
 
-def load(model: nn.Module, resume: str, task: Task) -> dict[str, Any]:
+def load(model: nn.Module, resume: str, task: Task, words: Sequence[str] = ()) -> dict[str, Any]:
     """Puts the weights of a checkpoint into a network; warns where they are those of an unfinished run.
 
     Args:
         model: of the run that starts.
         resume: a checkpoint file, or a run's folder.
         task: of the run that starts.
+        words: its vocabulary, where it is a text's.
 
     Returns:
         ``path`` as the user gave it; ``epoch``, how many that network was trained; ``score``, its best score (for images top-1
@@ -28,6 +30,7 @@ def load(model: nn.Module, resume: str, task: Task) -> dict[str, Any]:
     """
     path = checkpoints.locate(Path(resume))
     content = checkpoints.read(path)
+    check_words(content, words, path)
     checkpoints.load_weights(model, content, path)
     epoch, score = content.get("epoch"), content.get(task.best_key)
     finished, trained, of_epochs = _progress(path.parent)
@@ -46,9 +49,12 @@ def load(model: nn.Module, resume: str, task: Task) -> dict[str, Any]:
 def _progress(folder: Path) -> tuple[bool | None, int | None, int | None]:
     """Whether the run of a folder has trained all its epochs, how many it has, and how many they are; None without a run."""
     try:
-        wanted = int(json.loads((folder / "args.json").read_text())["arguments"]["epochs"])
+        content = json.loads((folder / "args.json").read_text())
+        wanted = int(content["arguments"]["epochs"])
         with open(folder / "results.csv", newline="", encoding="utf-8") as file:
-            trained = max((int(row["epoch"]) for row in csv.DictReader(file)), default=0)
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
+            rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+        trained = int(max((row["epoch"] for row in rows), default=0))
+        ended = "regime" in content and regimes.ended(regimes.from_json(content["regime"]), trained, rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
         return None, None, None
-    return trained >= wanted, trained, wanted
+    return trained >= wanted or ended, trained, wanted

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, S
 
 from reporting.facts import from_facts, from_log
 from reporting.measures import ERROR, PERPLEXITY, Measure
-from training import checkpoints
+from training import checkpoints, regimes
 
 _MARKS = ("args.json", "results.csv", checkpoints.LATEST)  # a folder with one of them is a run's
 KEPT = ".part_of_the_repository"  # marks a folder whose runs are nobody's but the repository's
@@ -188,6 +188,13 @@ def _read_rows(path: Path) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def _ended_by_its_regime(run: Run, trained: int) -> bool:
+    try:
+        return run.regime is not None and regimes.ended(run.regime, trained, run.rows)
+    except (KeyError, TypeError, ZeroDivisionError, OverflowError):  # it says so of no run that it does not understand
+        return False
+
+
 def _shortcoming(run: Run) -> str | None:
     """Why the figures of a run cannot count."""
     start, epochs = run.arguments.get("start_epoch", 0), run.arguments["epochs"]
@@ -204,7 +211,7 @@ def _shortcoming(run: Run) -> str | None:
         if broken:
             return f"{broken[0]} is not a number in epoch {epoch}"
     trained = start + len(run.rows)
-    if trained < epochs:
+    if trained < epochs and not _ended_by_its_regime(run, trained):
         return f"unfinished: {trained} of {epochs} epochs"
     if trained > epochs:
         return f"its results.csv has {trained} epochs and its arguments {epochs}"
