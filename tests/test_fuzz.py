@@ -96,7 +96,7 @@ def no_training():
     """Lets a run come up to its folder and no further."""
     with pytest.MonkeyPatch.context() as patch:
 
-        def stop(self, facts):
+        def stop(self):
             raise Reached
 
         patch.setattr(Run, "open", stop)
