@@ -24,7 +24,8 @@ import export
 def checkpoint(path: Path, mode_name: str | None, frozen: bool = False, change=lambda state: None) -> dict[str, torch.Tensor]:
     """Writes a checkpoint of a small network that has seen a little, and returns its finished, hard-quantized state."""
     torch.manual_seed(0)
-    model, mode = models.resnet(depth=8), quantize.MODES.get(mode_name, quantize.FULL_PRECISION)
+    model = models.resnet(depth=8).to(memory_format=torch.channels_last)  # as it is trained, which decides how sums are rounded
+    mode = quantize.MODES.get(mode_name, quantize.FULL_PRECISION)
     model(torch.randn(8, 3, 32, 32))  # statistics of some input, not of the hard-quantized network's
     optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), mode.select(model), mode)
     if frozen:

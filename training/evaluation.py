@@ -94,15 +94,23 @@ def evaluate(args: Namespace) -> int:
     return 0
 
 
-@torch.no_grad()
 def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict[str, Any]) -> bool:
-    """Hard-quantizes a network that holds a checkpoint's weights; returns whether there was anything left to do."""
+    """Hard-quantizes a network that holds a checkpoint's weights; returns whether there was anything left to do.
+
+    Raises:
+        UsageError: if the latent weights and levels in the checkpoint are not this network's.
+    """
     # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
     if content.get("hard_quantized") and content.get("projection_mode") == mode.name:
         return False
-    latent = quantize.latent_in(content["optimizer"]) if "optimizer" in content else {}
-    for name, weight in mode.select(model):
-        weight.copy_(mode.hard_quantize(latent.get(name, weight)))
+    # As the run itself does it, to the last bit, and from the latent weights and learned levels where the checkpoint has them.
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), mode.select(model), mode)
+    if "optimizer" in content and content.get("projection_mode") == mode.name:
+        try:
+            optimizer.load_state_dict(content["optimizer"])
+        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            raise UsageError(f"the checkpoint's optimizer is not this network's ({' '.join(str(error).split())[:200]})") from None
+    optimizer.freeze()
     return True
 
 
