@@ -57,7 +57,7 @@ class Packed:
     """A packed network.
 
     Attributes:
-        mode: name of the projection mode.
+        mode: name of the projection mode; of several, all with commas.
         facts: plain values about the network, as they were given to ``pack``.
         tensors: by name, the quantized ones as codes and levels.
     """
@@ -99,7 +99,8 @@ def save_packed(
         source = of_parameter.get(id(value))
         state[name] = value if source is None else quantized[source]
         coded += [] if source is None else [name]
-    _write_whole(Path(path), pack(state, coded, optimizer.mode.name, facts))
+    modes = ",".join(dict.fromkeys(mode.name for mode in optimizer.modes))
+    _write_whole(Path(path), pack(state, coded, modes, facts))
 
 
 def load_packed(path: str | os.PathLike) -> dict[str, Tensor]:

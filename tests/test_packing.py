@@ -115,6 +115,36 @@ def test_a_network_comes_back_bit_for_bit_in_every_mode(mode_name, frozen, tmp_p
     assert {name for name, value in read.tensors.items() if isinstance(value, codes.Coded)} == set(optimizer.quantized())
 
 
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_a_language_model_of_k_bits(bits, by_row, tmp_path):
+    torch.manual_seed(0)
+    model, mode = models.lstm(hidden=20, num_classes=50), quantize.mode("prox_alt", bits=bits, by_row=by_row)
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), mode.select(model), mode)
+    quantize.save_packed(tmp_path / "network", model, optimizer)
+    optimizer.freeze()
+    packed = packing.unpack((tmp_path / "network").read_bytes())
+    found, expected = packed.state_dict(), model.state_dict()
+    assert all(same_bits(found[name], expected[name]) for name in expected)
+    coded = [value for value in packed.tensors.values() if isinstance(value, codes.Coded)]
+    assert len(coded) == 4
+    assert all(value.coding == f"bits{bits}" and value.by_row == by_row for value in coded)
+
+
+def test_several_modes_in_one_network(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(9, 8), torch.nn.Linear(8, 40), torch.nn.Linear(40, 3))
+    modes = [quantize.mode("prox"), quantize.mode("prox_alt", bits=3), quantize.mode("prox_ternary")]
+    groups = [([(f"{place}.weight", model[place].weight)], mode) for place, mode in enumerate(modes)]
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), groups)
+    optimizer.freeze()
+    quantize.save_packed(tmp_path / "network", model, optimizer)
+    packed = packing.unpack((tmp_path / "network").read_bytes())
+    assert packed.mode == "prox,prox_alt,prox_ternary"
+    assert [packed.tensors[f"{place}.weight"].coding for place in range(3)] == ["sign", "bits3", "base3"]
+    assert all(same_bits(packed.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
 FACTS = {
     "epoch": 300,
     "model": "resnet",

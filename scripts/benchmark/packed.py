@@ -71,7 +71,7 @@ def _measure(
         x = torch.randn(size, *image, device=setting.device).contiguous(memory_format=torch.channels_last)
         steps = {"float": lambda x=x: _run(setting, plain, x), "packed": lambda x=x: _run(setting, packed, x)}
         assert torch.equal(steps["float"](), steps["packed"]())
-        for name, seconds in interleaved(setting, steps, count, 2).items():
+        for name, seconds in interleaved(setting, steps, count, 1).items():
             row[f"run {size} {name}"] = statistics.median(seconds)
     return row
 
