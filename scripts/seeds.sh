@@ -23,13 +23,14 @@ esac
 export SHORTER
 DEPTH=${DEPTH:-20}
 SEEDS=${SEEDS:-0 1 2 3}
+MODEL=${MODEL:-resnet}
 DATASET=${DATASET:-cifar10}
 DATA_DIR=${DATA_DIR:-Datasets}
 
 # network_name DEPTH
 network_name() {
     if [ "$DATASET" != cifar10 ]; then printf '%s_' "$DATASET"; fi
-    echo "resnet$1"
+    if [ "$MODEL" = resnet ]; then echo "resnet$1"; else echo "$MODEL"; fi
 }
 NETWORK=$(network_name "$DEPTH")
 
@@ -88,8 +89,9 @@ threads_of_a_run() {
 
 # run_seeds NAME ARGUMENTS...
 run_seeds() {
-    local name=$1 slots seed slot threads failed=()
+    local name=$1 slots seed slot threads failed=() network=(--model "$MODEL")
     shift
+    if [ "$MODEL" = resnet ]; then network+=(--model_config "{'depth': $DEPTH}"); fi
     find_slots
     threads=${OMP_NUM_THREADS:-$(threads_of_a_run)}
     mkdir -p "$RESULTS_DIR"
@@ -107,7 +109,7 @@ run_seeds() {
         # shellcheck disable=SC2086  # EXTRA holds several arguments
         env ${threads:+OMP_NUM_THREADS="$threads"} \
             "$PYTHON" main_binary_reg.py --dataset "$DATASET" --data_dir "$DATA_DIR" --results_dir "$RESULTS_DIR" \
-            --model resnet --model_config "{'depth': $DEPTH}" --save "${name}_run_$seed" --tb_dir "$TB_DIR/${name}_run_$seed" \
+            "${network[@]}" --save "${name}_run_$seed" --tb_dir "$TB_DIR/${name}_run_$seed" \
             --seed "$seed" "${place[@]}" "$@" ${EXTRA:-} > "$RESULTS_DIR/${name}_run_$seed.out" 2>&1 &
         slot_of[$!]=$slot
         seed_of[$!]=$seed

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -237,6 +238,53 @@ def test_the_sample_is_what_its_maker_makes(tmp_path):
     ):
         for name in kept.files:
             assert np.array_equal(made[name], kept[name])
+
+
+def make_text(tmp_path: Path, source: Path) -> dict[str, str]:
+    (tmp_path / "scripts").mkdir()
+    maker = tmp_path / "scripts" / "make_text_sample.py"
+    maker.write_text((ROOT / "scripts" / "make_text_sample.py").read_text())
+    subprocess.run([sys.executable, maker, source], check=True, capture_output=True)
+    return {part: (tmp_path / "sample" / "pride-and-prejudice" / f"{part}.txt").read_text() for part in ("train", "valid", "test")}
+
+
+def test_the_sample_text_is_what_its_maker_makes(tmp_path):
+    source = Path("/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb")
+    if not source.exists():
+        pytest.skip("Jane Austen's novels are not here (Debian: r-cran-janeaustenr)")
+    for part, made in make_text(tmp_path, source).items():
+        assert made == (ROOT / "sample" / "pride-and-prejudice" / f"{part}.txt").read_text()
+
+
+def test_a_text_sample_of_another_book_of_that_form(tmp_path):
+    book = ["PRIDE AND PREJUDICE", ""]
+    for chapter in range(1, 62):
+        book += ["", f"Chapter {chapter}", "", f"_Mr. Darcy_ said 'No'--{chapter} times!", "", f"Once{'x' * chapter} upon\u2019s"]
+    strings = b"".join(b"\0\4\0\t" + len(line.encode()).to_bytes(4, "big") + line.encode() for line in book)
+    content = b"X\n\0\0\0\3\0\4\2\1\0\3\5\0\0\0\0\5UTF-8" + b"\0\0\0\x10" + len(book).to_bytes(4, "big") + strings
+    source = tmp_path / "Rdata.rdb"
+    source.write_bytes(2 * (len(content).to_bytes(4, "big") + zlib.compress(content)))
+    chapter = "mr darcy said no N times\n<unk> upon's\n"
+    assert make_text(tmp_path, source) == {"train": 49 * chapter, "valid": 6 * chapter, "test": 6 * chapter}
+
+
+@pytest.mark.parametrize(
+    ("method", "bits", "name", "expected"),
+    [
+        ("fp", "2", "ptb_lstm", []),
+        ("alt", "1", "ptb_lstm_alt_1bit", ["--projection_mode lazy "]),
+        ("alt", "2", "ptb_lstm_alt_2bit", ["--projection_mode lazy_alt --bits 2 --by_row "]),
+        ("pq", "1", "ptb_lstm_pq_1bit", ["--projection_mode prox ", "--reg_rate 1e-5 "]),
+        ("pq", "3", "ptb_lstm_pq_3bit", ["--projection_mode prox_alt --bits 3 --by_row ", "--reg_rate 1e-5 "]),
+    ],
+)
+def test_penn_treebank_scripts(tmp_path, method, bits, name, expected):
+    settings = {"PYTHON": fake_python(tmp_path, 'echo "$@"'), "SEEDS": "3", "BITS": bits, "EPOCHS": "9", "FREEZE_EPOCH": ""}
+    out = run(f"train-ptb-{method}.sh", env=environment(tmp_path, tmp_path, **settings)).stdout
+    for words in ("--dataset ptb ", "--model lstm ", f"--save {name}_run_3 ", "--epochs 9 ", *expected):
+        assert words in out
+    assert (f"--resume {tmp_path}/results/ptb_lstm_run_3 " in out) == (method != "fp")  # there is no seed 0
+    assert "--model_config" not in out
 
 
 def slurm(folder: Path, fake: str, task: int, **more: str) -> subprocess.Popen:
