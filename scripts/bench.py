@@ -1,6 +1,6 @@
 """Measures a training step against the conventional pipeline and against the floor, all in one interleaved run.
 
-    python scripts/bench.py [--device auto|cpu|cuda] [--quick] [--compile] [--packed] [--json FILE]
+    python scripts/bench.py [--task images|text] [--device auto|cpu|cuda] [--quick] [--compile] [--packed] [--json FILE]
 
 conventional: a DataLoader with torchvision's per-image transforms, float32 in NCHW, many small kernels in the projection.
 ours:         what main_binary_reg.py does, per mode and precision.
@@ -22,6 +22,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmark import language
 from benchmark.contenders import STRENGTH, Setting, Step, conventional, floor, interleaved, ours
 from benchmark.packed import report_packed
 from benchmark.processes import ONLY, compiling_seconds, peak_memory, rate_together
@@ -143,6 +144,30 @@ def report_speed(
     return table
 
 
+def report_language_model(device: torch.device, precisions: list[str], rounds: int, block: int) -> dict[str, dict[str, float]]:
+    """A step of the language model, with and without a projection to 2 bits by row."""
+    settings = {name: language.Setting(device, name) for name in precisions}
+    steps: dict[str, Step] = {"conventional fp32": language.conventional(settings["fp32"])}
+    for precision, setting in settings.items():
+        steps |= {f"ours {mode} {precision}": language.ours(setting, mode) for mode in language.MODES}
+        steps[f"floor {precision}"] = language.floor(setting)
+        steps[f"decoder's products {precision}"] = language.floor(setting, decoder_alone=True)
+    found = interleaved(settings["fp32"], steps, rounds, block)
+    words = language.text.STEPS * language.STREAMS
+    table = {name: figures(seconds, words) for name, seconds in found.items()}
+    print(f"\n{'LSTM 300, 10,000 words, one step':34}{'ms median (10%-90%)':>28}{'words/s':>10}{'vs conv.':>10}{'vs floor':>10}")
+    for name, row in table.items():
+        row["words_per_second"] = row.pop("images_per_second")
+        row["speedup"] = table["conventional fp32"]["ms"] / row["ms"]
+        row["against_floor"] = row["ms"] / table[f"floor {name.split()[-1]}"]["ms"]
+        spread = f"{row['ms']:.1f} ({row['ms_p10']:.1f}-{row['ms_p90']:.1f})"
+        print(f"{name:34}{spread:>28}{row['words_per_second']:>10.0f}{row['speedup']:>9.2f}x{row['against_floor']:>9.2f}x")
+    for precision in precisions:
+        plain, projected = (table[f"ours {mode} {precision}"]["ms"] for mode in ("none", "prox_alt"))
+        print(f"projection to 2 bits by row, {precision}: {(projected - plain) / projected:.0%} of a step of prox_alt")
+    return table
+
+
 def report_shares(setting: Setting, count: int) -> dict[str, dict[str, float]]:
     print(f"\nshares of a step ({setting.precision.name}), each part waited for")
     table = {}
@@ -183,6 +208,7 @@ def report_together(device: torch.device, precision: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--task", choices=("images", "text"), default="images", help="text: the language model (default: images)")
     parser.add_argument("--quick", action="store_true", help="fewer steps: under two minutes on two cores")
     parser.add_argument("--compile", action="store_true", help="also measure compiled networks (compiling takes a minute or two)")
     parser.add_argument("--packed", action="store_true", help="only packed networks beside float ones: size, loading, memory, time")
@@ -204,6 +230,11 @@ def main() -> None:
     rounds, block, count = (4, 2, 6) if args.quick else (12, 4, 20)
     if args.packed:
         found["packed"] = report_packed(Setting(device, "fp32"), count)
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
+        return
+    if args.task == "text":
+        found["speed"] = report_language_model(device, precisions, rounds, block)
         if args.json:
             args.json.write_text(json.dumps(found, indent=2) + "\n")
         return

@@ -31,7 +31,9 @@ ELSEWHERE = {  # what other tests run: test_package.py, test_bad_input.py, test_
 TRAINING = [line for line in LINES if "main_binary_reg.py" in line and line not in ELSEWHERE]
 SCRIPTS = [line for line in LINES if re.search(r"\bscripts/", line)]
 EVERY_COMMAND = [line.partition("main_binary_reg.py ")[2] for line in TRAINING]
-COMMANDS = [command for command in EVERY_COMMAND if "imagenet" not in command]  # test_command_line.py trains on ImageNet
+# test_command_line.py trains on ImageNet, and nobody has the text of Penn Treebank or that of one's own.
+COMMANDS = [command for command in EVERY_COMMAND if not re.search("imagenet|lstm|austen", command)]
+OF_SAMPLE_TEXT = [command for command in EVERY_COMMAND if "austen" in command]
 SHORT = ("--model_config", "{'depth': 8}", "--precision", "fp32")
 
 
@@ -57,6 +59,15 @@ def test_command(command, folder, tiny_data):
             run_main(*SHORT, "--save", needed.name, "--epochs", 1, *quantized, cwd=folder)
     done = run_main(*words, cwd=folder)
     assert ("hard-quantized: loss" if "--evaluate" in words else "done, best error") in done.stdout
+
+
+def test_commands_of_the_sample_text(folder):
+    """One after another, with a network and an epoch of a size for tests."""
+    assert len(OF_SAMPLE_TEXT) == 3
+    for command in OF_SAMPLE_TEXT:
+        small = () if "--evaluate" in command else ("--model_config", "{'hidden': 4}", "--batch-size", 400, "--epochs", 1)
+        done = run_main(*shlex.split(command), *small, cwd=folder)
+        assert ("hard-quantized, test: loss" if "--evaluate" in command else "done, best validation perplexity") in done.stdout
 
 
 @pytest.mark.parametrize("command", EVERY_COMMAND)
