@@ -42,7 +42,7 @@ def identity(run: Run) -> dict[str, Any]:
     kept[DATA] = run.data
     kept[REGIME] = run.regime or sorted({row.get("lr") or 0 for row in run.rows})
     # A rate that was typed and a default can look alike among the arguments and still act differently.
-    kept[STRENGTH] = [row.get("strength") for row in run.rows]
+    kept[STRENGTH] = next(([row["epoch"], row["strength"]] for row in run.rows if row.get("strength")), None)
     return json.loads(json.dumps(kept, sort_keys=True, default=str))
 
 
@@ -105,13 +105,13 @@ class Group:
 
     @property
     def freeze_epoch(self) -> int | None:
-        """Epochs before the freeze; None where it never comes."""
-        return self.runs[0].freeze_epoch
+        """Epochs before the freeze; None where it never came."""
+        return next((run.freeze_epoch for run in self.runs if not run.unfrozen), None)
 
     @property
     def unfrozen(self) -> bool:
-        """True where weights were to be quantized, and were not at the end: there is no final network of the method."""
-        return self.mode is not None and self.freeze_epoch is None
+        """True where no run has a final network of the method."""
+        return all(run.unfrozen for run in self.runs)
 
     @property
     def bits(self) -> int | None:
@@ -152,17 +152,23 @@ class Group:
         return json.dumps([self.identity.get(name) for name in names])
 
     def finals(self) -> dict[int, float]:
-        """By seed: the measure after the last epoch, of the hard-quantized network where there is one; nothing if unfrozen."""
-        return {} if self.unfrozen else {run.arguments["seed"]: run.final for run in self.runs}
+        """By seed: the measure after the last epoch, of the hard-quantized network where there is one; not of unfrozen runs."""
+        return {run.arguments["seed"]: run.final for run in self.runs if not run.unfrozen}
 
     def bests(self) -> dict[int, float]:
         """By seed: the lowest of any epoch."""
         return {run.arguments["seed"]: run.best for run in self.runs}
 
     def tests(self) -> dict[int, float]:
-        """By seed: the measure on the test data, which is taken at the end; nothing where the validation data are those."""
-        column = self.measure.test_column
-        return {} if column is None or self.unfrozen else self.at(self.epochs, column)
+        """By seed: the measure of the best network on the test data; nothing where the validation data are those."""
+        found = self.at_the_end(self.measure.test_column) if self.measure.test_column else {}
+        return {run.arguments["seed"]: found[run.arguments["seed"]] for run in self.runs
+                if not run.unfrozen and run.arguments["seed"] in found}  # fmt: skip
+
+    def at_the_end(self, column: str) -> dict[int, float]:
+        """By seed: a figure of the last epoch, of the seeds that have it."""
+        found = {run.arguments["seed"]: run.rows[-1].get(column) for run in self.runs}
+        return {seed: value for seed, value in found.items() if value is not None}
 
     def at(self, epoch: int | None, column: str) -> dict[int, float]:
         """By seed: a figure after so many epochs, of the seeds that have it."""
@@ -282,10 +288,11 @@ def _family(run: Run) -> tuple[Path, str]:
 
 def _never_frozen(groups: list[Group]) -> list[LeftOut]:
     found = []
-    for group in (group for group in groups if group.unfrozen):
-        flag = f"--freeze_epoch {group.identity['freeze_epoch']} of {group.epochs} epochs"
-        reason = f"it never froze ({flag}): its final network is not quantized, so it has no final {group.measure.name}"
-        found += [LeftOut(run, f"{reason}. In the tables it is group {group.number}") for run in group.runs]
+    for group in groups:
+        for run in (run for run in group.runs if run.unfrozen):
+            flag = f"--freeze_epoch {run.arguments['freeze_epoch']} of {len(run.rows)} epochs"
+            reason = f"it never froze ({flag}): its final network is not quantized, so it has no final {group.measure.name}"
+            found.append(LeftOut(run, f"{reason}. In the tables it is group {group.number}"))
     return found
 
 

@@ -12,7 +12,7 @@ class Measure:
         unit: as it follows a head of a table.
         points: what a difference of two is counted in.
         column: of results.csv; with ``_bin`` behind it that of the hard-quantized network.
-        test_column: that of the test data, which is filled at the end; None where the validation data are the test data.
+        test_column: that of the best network on the test data, filled at the end; None where validation is on the test data.
     """
 
     name: str

@@ -66,9 +66,14 @@ class Run:
 
     @property
     def freeze_epoch(self) -> int | None:
-        """Epochs before the freeze; None where it never comes."""
-        epoch = self.arguments["freeze_epoch"]
-        return epoch if self.mode is not None and 0 <= epoch < self.arguments["epochs"] else None
+        """Epochs before the freeze; None where it never came, as a regime can end a run before."""
+        epoch, trained = self.arguments["freeze_epoch"], self.rows[-1]["epoch"] if self.rows else 0
+        return epoch if self.mode is not None and 0 <= epoch < (trained or 0) else None
+
+    @property
+    def unfrozen(self) -> bool:
+        """True where weights were to be quantized, and were not at the end: there is no final network of the method."""
+        return self.mode is not None and self.freeze_epoch is None
 
     @property
     def measure(self) -> Measure:

@@ -5,7 +5,12 @@ from typing import Any
 from reporting.runs import Run, short_path
 
 # Names in a group's identity of what ran, beside what was asked for.
-PRECISION, DATA, REGIME, STRENGTH = "precision that ran", "images that were read", "regime that ran", "strengths that ran"
+PRECISION, DATA, REGIME, STRENGTH = (
+    "precision that ran",
+    "images that were read",
+    "regime that ran",
+    "first strength that ran, and its epoch",
+)
 PROCESSES = "processes that trained together"  # whose BatchNorm statistics are of their own share of a batch
 
 

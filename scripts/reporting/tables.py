@@ -167,7 +167,7 @@ def error_table(section: Section) -> str:
     """The main table: one row a group."""
     measure = section.measure
     tested = any(group.tests() for group in section.groups)
-    heads = ["#", "method", "schedule", section.head("final"), *([section.head("test")] if tested else []),
+    heads = ["#", "method", "schedule", section.head("final"), *([f"best epoch's {section.head('test')}"] if tested else []),
              f"best epoch's {measure.name}{measure.unit}", f"warm start's {measure.name}{measure.unit}", "gap to it",
              "signs changed at the freeze %"]  # fmt: skip
     rows = []
@@ -213,8 +213,9 @@ def comparison_table(found: Sequence[Comparison]) -> str:
 
 def level_rows(section: Section) -> list[Sequence[Any]]:
     """Heads and rows: how well each group's final network does, and how much of it is quantized, and how gently."""
-    rows: list[Sequence[Any]] = [("#", "method", section.head("final"), "quantized weights", f"within {NEAR} of their level before "
-                                  "the freeze", "quantization error before the freeze", "and at the end")]  # fmt: skip
+    heads = ("#", "method", section.head("final"), "quantized", f"within {NEAR} before the freeze", "quantization error then",
+             "and at the end")  # fmt: skip
+    rows: list[Sequence[Any]] = [heads]
     for group in section.groups:
         final = NEVER_FROZE if group.unfrozen else mean_std_n(group.spread(group.finals()))
         run = group.runs[0]
@@ -222,7 +223,8 @@ def level_rows(section: Section) -> list[Sequence[Any]]:
         share = f"{weights / parameters:.1%}" if weights and parameters else NONE
         near = group.spread(group.near_their_level(NEAR))
         near_words = f"{near.mean:.1f}%" if near else NONE
-        errors = [mean_std_n(group.spread(group.at(epoch, "quant_error")), 3) for epoch in (group.freeze_epoch, group.epochs)]
+        before, end = group.at(group.freeze_epoch, "quant_error"), group.at_the_end("quant_error")
+        errors = [mean_std_n(group.spread(values), 3) for values in (before, end)]
         rows.append([group.number, group.method, final, share, near_words, *errors])
     return rows
 
@@ -243,7 +245,7 @@ def sign_table(section: Section) -> str:
     """Changes of signs, distance from ±1, and the network just before the freeze, as it was trained until then."""
     rows = []
     for group in (group for group in section.groups if group.mode is not None):
-        end = {seed: 100 * value for seed, value in group.at(group.epochs, "sign_change").items()}
+        end = {seed: 100 * value for seed, value in group.at_the_end("sign_change").items()}
         signs = [mean_std_n(group.spread(values), 1) for values in (group.sign_changes(), end)]
         distance = mean_std_n(group.spread(group.at(group.freeze_epoch, "binary")), 3)
         before = mean_std_n(group.spread(group.at(group.freeze_epoch, section.measure.column)))

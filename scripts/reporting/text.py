@@ -57,9 +57,9 @@ _PAPER_TABLE = (
 )
 _MEANS = "mean (standard deviation, n seeds). `0.01 -> 0.001@3`: the rate changes when 3 epochs are trained."
 _LEVEL_TABLE = (
-    "How many of the network's weights are quantized; how many of those the freeze moved by no more than "
+    "The share of the network's weights that is quantized; the share of those that the freeze moved by no more than "
     f"{tables.NEAR} (known of runs with `--save_all`); and the relative distance ‖w - Q(w)‖ / ‖w‖ of the latent weights from their "
-    "hard quantization, mean over the layers."
+    "hard quantization just before the freeze and at the end, mean over the layers."
 )
 _ALIKE = "Pairs that differ in the method (and its strength) alone."
 _SIGN_TABLE = (
@@ -113,7 +113,7 @@ def answer(
     for section, pairs in zip(sections, comparisons, strict=True):
         paper = ["the paper's: CIFAR-10, 200 epochs, then 300 (ternary: 600); (std of 4 runs)"] if section.in_paper else []
         tested = any(group.tests() for group in section.groups)
-        test = [section.head("test")] if tested else []
+        test = [f"best epoch's {section.head('test')}"] if tested else []
         heads = ("#", "method", f"{section.measure.name}{section.measure.unit}", "how sure", *test, *paper, "schedule")
         rows = []
         for group in section.groups:
