@@ -9,10 +9,12 @@ main_binary_reg.py; what is not given comes from the checkpoint.
 """
 
 import argparse
+import functools
 import logging
 import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--half", choices=HALVES, help="keep what is not quantized in half precision")
     parser.add_argument("--verify", action="store_true", help="evaluate the network and the file on the validation set")
     parser.add_argument("--recalibrate", metavar="N", help="re-estimate BatchNorm's statistics from N training batches first")
+    parser.error = functools.partial(_refuse, parser)
     own, others = parser.parse_known_args(argv)
     log_to_terminal(logging.INFO)
     recalibrate = ["--recalibrate", own.recalibrate] if own.recalibrate else []
@@ -169,6 +172,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"export.py: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    parser.exit(2, f"export.py: error: {message}\n")
 
 
 if __name__ == "__main__":

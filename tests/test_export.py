@@ -166,6 +166,14 @@ def test_the_scripts_file_is_evaluated_and_trained_on(tmp_path, tiny_data, capsy
     assert "done, best error" in run_main(*short, "--resume", file, cwd=tmp_path).stdout
 
 
+@pytest.mark.parametrize("words", [["run"], ["run", "--out", "file", "--half", "int8"], ["run", "--out", "file", "--wombat"]])
+def test_flags_that_are_wrong_are_refused_in_one_line(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        export.main(words)
+    error = capsys.readouterr().err
+    assert (caught.value.code, error.count("\n")) == (2, 1), error
+
+
 @pytest.mark.parametrize("flag", ["--evaluate", "--resume"])
 def test_bad_packed_files_end_with_one_line_and_status_2(flag, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)

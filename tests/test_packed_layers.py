@@ -1,15 +1,21 @@
 """Layers with packed weights: what they compute is what the float layers compute, to the last bit."""
 
 import copy
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import models
 import quantize
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from benchmark import packed
+from benchmark.contenders import Setting
 
 HALF_BYTE = torch.tensor([-2.0, -0.75, 0.5, 0.0, 1.25, 3.0, 4.5, 7.0])
 
@@ -88,6 +94,18 @@ def test_a_network_in_every_mode(mode_name, dtype, tmp_path):
     held = {name: value for name, value in fresh.state_dict().items() if name.endswith((".codes", ".levels"))}
     assert sum(value.nbytes for value in held.values()) < sum(weight.nbytes for weight in optimizer.quantized().values()) / 10
     assert not set(names) & set(fresh.state_dict())
+
+
+def test_the_measurement(monkeypatch, capsys):
+    """Of bench.py, on a small network: it compares what both compute, and prints each figure of both."""
+    monkeypatch.setattr(packed, "NETWORKS", {"small": (lambda: models.resnet(depth=8), (3, 32, 32), 2)})
+    table = packed.report_packed(Setting(torch.device("cpu"), "fp32", images=1), 1)
+    assert set(table) == {"small, prox", "small, prox_ternary"}
+    row, said = table["small, prox"], capsys.readouterr().out
+    assert row["memory packed"] < row["memory float"] / 10
+    assert row["file packed"] < row["file float"] / 10
+    assert f"{row['memory packed']:,}" in said
+    assert said.count(" times\n") == 2 * 5
 
 
 def test_a_layer_in_two_places_stays_one():
