@@ -43,12 +43,12 @@ def finished_network(args: Namespace, kept: evaluation.Kept) -> nn.Module:
     model = evaluation.build_model(kept.model, kept.dataset, kept.config, classes)
     model.to(device, memory_format=torch.channels_last)
     checkpoints.load_weights(model, kept.content, kept.path)
+    averages = any(name.endswith("running_mean") for name in kept.content["state_dict"])
+    advice = "; its BatchNorm has the statistics of other weights (see --recalibrate)" if averages else ""
     if evaluation.hard_quantize(model, kept.mode, kept.content):
-        print(f"{kept.path}: not frozen, hard-quantized now; its BatchNorm has the statistics of other weights (see --recalibrate)")
+        print(f"{kept.path}: not frozen, hard-quantized now{advice}")
     elif not kept.content.get("frozen", True):
-        print(
-            f"{kept.path}: hard-quantized before the freeze; its BatchNorm has the statistics of other weights (see --recalibrate)"
-        )
+        print(f"{kept.path}: hard-quantized before the freeze{advice}")
     if sets:
         precision = computing.select_precision(args.precision, device, args.tf32)
         evaluation.recalibrate(model, sets, precision, args.recalibrate)

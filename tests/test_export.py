@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, run_main
 
+import data
 import main_binary_reg
 import models
 import quantize
@@ -164,6 +165,22 @@ def test_the_scripts_file_is_evaluated_and_trained_on(tmp_path, tiny_data, capsy
     assert figures == [figures[0]] * 4
     short = ["--model_config", "{'depth': 8}", "--precision", "fp32", "--data_dir", tiny_data, "--epochs", 1]
     assert "done, best error" in run_main(*short, "--resume", file, cwd=tmp_path).stdout
+
+
+def test_a_language_model_is_evaluated_alike_with_its_vocabulary(tmp_path, capsys):
+    sets = data.load("sample_text", tmp_path, torch.device("cpu"), 20, 0, print)
+    torch.manual_seed(0)
+    model, mode = models.lstm("sample_text", hidden=4, num_classes=sets.classes), quantize.MODES["lazy_alt"]
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), mode.select(model), mode)
+    content = {"model": "lstm", "config": model.config, "dataset": "sample_text", "words": list(sets.words), "precision": "fp32"}
+    content |= {"projection_mode": "lazy_alt", "optimizer": optimizer.state_dict(), "state_dict": model.state_dict()}
+    checkpoints.save(tmp_path / "network.pth.tar", content)
+    status, said, _ = run(capsys, tmp_path / "network.pth.tar", "--out", tmp_path / "file", "--verify")
+    assert status == 0
+    assert "BatchNorm" not in said
+    of_network, of_file = (re.findall(rf"^{words}: (loss .*)$", said, re.MULTILINE) for words in ("hard-quantized", "as it is"))
+    assert of_network == [of_file[1]] * 2
+    assert checkpoints.read(tmp_path / "file")["words"] == list(sets.words)
 
 
 @pytest.mark.parametrize("words", [["run"], ["run", "--out", "file", "--half", "int8"], ["run", "--out", "file", "--wombat"]])
