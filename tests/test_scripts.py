@@ -1,6 +1,7 @@
 """The training scripts: seeds side by side, queues, failures, interrupts; and the sample's maker."""
 
 import ast
+import contextlib
 import itertools
 import os
 import re
@@ -183,7 +184,8 @@ def test_two_scripts_at_once_make_one_environment(tmp_path):
     started = []
     try:
         for expected in ("Installing requirements.txt", "Waiting for another script"):
-            process = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=there, stdout=subprocess.PIPE, text=True)
+            own = {"cwd": tmp_path, "env": there, "start_new_session": True}
+            process = subprocess.Popen(["bash", "-c", script], stdout=subprocess.PIPE, text=True, **own)
             started.append(process)
             assert process.stdout.readline().startswith(expected)
         with open(tmp_path / "go", "w") as go:
@@ -193,7 +195,8 @@ def test_two_scripts_at_once_make_one_environment(tmp_path):
             assert process.returncode == 0
     finally:
         for process in started:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and what it started too
+                os.killpg(process.pid, signal.SIGKILL)
     assert (tmp_path / "log").read_text() == "made\n"
 
 
