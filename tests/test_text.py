@@ -196,7 +196,7 @@ def test_steps_are_those_of_the_plain_loop():
         with torch.no_grad():
             for parameter, gradient in zip(plain.parameters(), gradients, strict=True):
                 parameter -= 3.0 * gradient * min(1.0, 0.25 / norm)
-        losses += [float(loss)] * inputs.numel()
+        losses += [loss.item()] * inputs.numel()
         for state, expected in zip(carried, hidden, strict=True):
             torch.testing.assert_close(state, expected.detach(), rtol=1e-6, atol=1e-9)
     assert meter.read() == pytest.approx({"loss": np.mean(losses), "ppl": math.exp(np.mean(losses))})
@@ -304,7 +304,7 @@ def test_a_run_ends_by_its_regime_and_is_then_complete(folder, tmp_path):
     assert rows(tmp_path / "run") == found
 
 
-@pytest.mark.parametrize("mode", [(), ("--projection_mode", "lazy", "--freeze_epoch", "3")])
+@pytest.mark.parametrize("mode", [(), ("--projection_mode", "prox_alt", "--reg_rate", "1e-3", "--freeze_epoch", "3")])
 def test_a_killed_run_continues_inside_an_epoch_to_the_same_end(folder, tmp_path, mode):
     command = ["--dataset", "text", "--data_dir", str(folder), *SMALL, "--epochs", "4", "--lr", "2", *mode]
     command += ["--print-freq", "1", "--checkpoint_minutes", "0.00001"]
@@ -421,6 +421,12 @@ def test_another_vocabulary_than_the_checkpoints(bad, tmp_path):
     done = run_main(*command, check=2)  # the text has changed under the run
     assert "vocabulary" in done.stderr or "not in the training text" in done.stderr
     assert (run / "checkpoint.pth.tar").stat().st_mtime_ns == before
+
+
+def test_a_text_is_for_one_process(bad, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "0", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert "torchrun: a text is for one process" in bad("--batch-size", 4)
 
 
 @pytest.mark.parametrize(
