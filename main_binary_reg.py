@@ -36,7 +36,7 @@ import quantize
 import utils
 from models import MODELS
 from training import arguments, captured, computing, endings, loops, regimes, tracking, warm_start
-from training.epoch import Job, check_strength, describe, facts_of_training, finish_epoch, train_epoch
+from training.epoch import Job, check_strength, describe, facts_of_training, finish_epoch, train_epoch, wrap
 from training.evaluation import build_model, evaluate, load_data
 from training.folder import Run, facts_of_machine
 from training.log import log, log_to_terminal, warn
@@ -95,14 +95,13 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
     resumed = args.resume and run.checkpoint is None
     started_from = warm_start.load(model, args.resume, task, sets.words) if resumed else None
 
-    mode = quantize.MODES.get(args.projection_mode, quantize.FULL_PRECISION)
-    regime = regimes.resolve_regime(args, model.regime, projected=args.projection_mode is not None)
+    regime = regimes.resolve_regime(args, model.regime, projected=args.mode.projects)
     if args.capture:
         captured.check_regime(regime, args.epochs)
-    if args.projection_mode is not None:
-        check_strength(args, mode, regime)
+    if args.mode.projects:
+        check_strength(args, regime)
     base_optimizer = regimes.build_optimizer(model.parameters(), regimes.settings_at(regime, args.start_epoch))
-    optimizer = quantize.ProjectedOptimizer(base_optimizer, mode.select(model), mode, capturable=args.capture)
+    optimizer = wrap(base_optimizer, model, args)
     start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
     meter, carried = task.meter(device, processes.total), task.carried(model, sets.train)
     state = State(task, model, optimizer, start_signs, meter, carried, args.start_epoch, sets.words, warm_start=started_from)
@@ -128,7 +127,7 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
         network = computing.CompiledNetwork(model, task.length(sets.train)) if state.computed["compile"] == "on" else model
         step = functools.partial(loops.train_step, task, network, optimizer, precision, state.meter, state.carried)
         captured_step = captured.prepare(step, optimizer, task.length(sets.train), device) if args.capture else None
-        job = Job(args, run, sets, mode, regime, device, precision, processes, network, captured_step, loops.StopSignals())
+        job = Job(args, run, sets, regime, device, precision, processes, network, captured_step, loops.StopSignals())
         describe(job, state)
         purged_from = 0 if run.checkpoint is None else state.epoch + 1
         with tracking.Board(task, run.tb_dir if processes.first else None, purged_from) as board:

@@ -34,7 +34,7 @@ Source: Bai, Wang, Liberty: "ProxQuant: Quantized Neural Networks via Proximal O
 """
 
 from quantize.metrics import binary_level, measure, quantization_error, sign_change
-from quantize.modes import FULL_PRECISION, MODES, QUANTIZERS, ProjectionMode, mode
+from quantize.modes import ALL_QUANTIZERS, FULL_PRECISION, MODES, QUANTIZERS, ProjectionMode, mode
 from quantize.multibit import alternating, greedy_mean, greedy_median, uniform
 from quantize.optimizer import ProjectedOptimizer
 from quantize.packed_layers import PackedConv2d, PackedLinear, load_packed_layers, pack_layers
@@ -42,10 +42,11 @@ from quantize.packing import PackedError, load_packed, save_packed
 from quantize.projection import NotFinite
 from quantize.pulls import piecewise_affine, prox_binary, prox_ternary, quadratic, soft
 from quantize.quantizers import Quantizer, binarize, learned_ternary, ternarize
-from quantize.saving import latent_in
-from quantize.selectors import explain, quantizable_layers, select_all_layers, select_inner_layers
+from quantize.saving import latent_in, levels_in
+from quantize.selectors import explain, quantizable_layers, reasons, select_all_layers, select_inner_layers
 
 __all__ = [
+    "ALL_QUANTIZERS",
     "FULL_PRECISION",
     "MODES",
     "QUANTIZERS",
@@ -64,6 +65,7 @@ __all__ = [
     "greedy_median",
     "latent_in",
     "learned_ternary",
+    "levels_in",
     "load_packed",
     "load_packed_layers",
     "measure",
@@ -75,6 +77,7 @@ __all__ = [
     "quadratic",
     "quantizable_layers",
     "quantization_error",
+    "reasons",
     "save_packed",
     "select_all_layers",
     "select_inner_layers",

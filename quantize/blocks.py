@@ -13,7 +13,7 @@ from torch import Tensor
 from quantize.groups import Groups, Layout, OneTensor, Reduce, Rows, is_dense
 
 # Entries, by device type. On a CPU a piece and its temporaries stay in a core's cache; on a GPU few launches count.
-PIECE = {"cpu": 2**15}
+PIECE = {"cpu": 2**18}
 SMALL = {"cpu": 2**16}  # tensors below are laid side by side ...
 SIDE_BY_SIDE = {"cpu": 2**19}  # ... up to so many entries in a block
 ELSEWHERE = 2**24
@@ -66,9 +66,21 @@ class LargeTensor:
         return OneTensor(pieces, tensor.numel(), _over_shards(tensor))
 
     def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
-        for piece, place in zip(x.pieces, self.read(tensors).pieces, strict=True):
-            if piece.data_ptr() != place.data_ptr():
-                place.copy_(piece)
+        _copy_elsewhere(x, self.read(tensors))
+
+
+class SomeEntries:
+    """Entries of one tensor, each to be treated by itself."""
+
+    def __init__(self, index: int, first: int, last: int) -> None:
+        self.indices = [index]
+        self._index, self._entries = index, slice(first, last)
+
+    def read(self, tensors: Sequence[Tensor]) -> Groups:
+        return OneTensor([in_memory_order(tensors[self._index])[self._entries]])
+
+    def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
+        _copy_elsewhere(x, self.read(tensors))
 
 
 class SomeRows:
@@ -86,9 +98,7 @@ class SomeRows:
         return Rows(matrix, tensor.numel() // max(1, len(tensor)), _over_shards(tensor))
 
     def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
-        place = self.read(tensors).pieces[0]
-        if x.pieces[0].data_ptr() != place.data_ptr():
-            place.copy_(x.pieces[0])
+        _copy_elsewhere(x, self.read(tensors))
 
 
 class ScatteredTensor:
@@ -106,12 +116,23 @@ class ScatteredTensor:
         tensors[self._index].copy_(x.pieces[0].view(tensors[self._index].shape))
 
 
-def blocks_of(tensors: Sequence[Tensor], indices: Sequence[int], by_row: bool) -> list[Block]:
-    """The blocks of some of the tensors; those of one block are of one device and dtype."""
+def _copy_elsewhere(x: Groups, places: Groups) -> None:
+    for piece, place in zip(x.pieces, places.pieces, strict=True):
+        if piece.data_ptr() != place.data_ptr():
+            place.copy_(piece)
+
+
+def blocks_of(tensors: Sequence[Tensor], by_row: bool, fits: bool) -> list[Block]:
+    """The blocks of the tensors; those of one block are of one device and dtype.
+
+    Args:
+        tensors: the parameters.
+        by_row: whether each row has levels of its own.
+        fits: whether levels are taken from the weights at all; else each part of a tensor is a block of its own.
+    """
     small: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     blocks: list[Block] = []
-    for index in indices:
-        tensor = tensors[index]
+    for index, tensor in enumerate(tensors):
         by_rows = by_row and tensor.dim() > 0
         if is_sharded(tensor):
             here = local(tensor)
@@ -127,8 +148,10 @@ def blocks_of(tensors: Sequence[Tensor], indices: Sequence[int], by_row: bool) -
             blocks += _rows(index, tensor)
         elif tensor.numel() < SMALL.get(tensor.device.type, ELSEWHERE):
             small.setdefault((tensor.device, tensor.dtype), []).append(index)
-        else:
+        elif fits:
             blocks.append(LargeTensor(index))
+        else:
+            blocks += [SomeEntries(index, *part) for part in _parts(tensor.numel(), piece_size(tensor.device))]
     for (device, _), together in small.items():
         limit, part, filled = SIDE_BY_SIDE.get(device.type, ELSEWHERE), [], 0
         for index in together:
@@ -143,8 +166,11 @@ def blocks_of(tensors: Sequence[Tensor], indices: Sequence[int], by_row: bool) -
 
 def _rows(index: int, tensor: Tensor) -> list[Block]:
     length = max(1, tensor.numel() // max(1, len(tensor)))
-    step = max(1, piece_size(tensor.device) // length)
-    return [SomeRows(index, first, min(first + step, len(tensor))) for first in range(0, len(tensor), step)]
+    return [SomeRows(index, *part) for part in _parts(len(tensor), max(1, piece_size(tensor.device) // length))]
+
+
+def _parts(count: int, step: int) -> list[tuple[int, int]]:
+    return [(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 def piece_size(device: torch.device) -> int:

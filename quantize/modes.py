@@ -53,8 +53,8 @@ def _parq_slope(rate: float, epoch: int, share: float) -> float:
 
 
 def _relaxing(rate: float, epoch: int, share: float) -> float:
-    """t with t / (1 + t) equal to the share."""
-    return share / (1 - share) if share < 1 else math.inf
+    """t with t / (1 + t) equal to the share; at the end, where that is infinite, so large that float32 sees no difference."""
+    return share / max(1 - share, 1e-9)
 
 
 # METHOD 5: a step's strength is lr * r * e.
@@ -145,6 +145,9 @@ class ProjectionMode:
 QUANTIZERS: dict[str, type[Quantizer]] = {
     kind.name: kind for kind in (Binary, Ternary, GreedyMedian, GreedyMean, Alternating, Uniform, UniformWithZero)
 }
+ALL_QUANTIZERS: dict[str, type[Quantizer]] = {
+    **QUANTIZERS, **{kind.name: kind for kind in (LearnedTernary, StochasticBinary, ExponentialBinary)}
+}  # fmt: skip
 _STOCHASTIC: dict[str, type[Quantizer]] = {kind.name: kind for kind in (StochasticBinary, ExponentialBinary)}
 
 MODES: dict[str, ProjectionMode] = {
@@ -163,7 +166,7 @@ MODES: dict[str, ProjectionMode] = {
             Ternary(), Quadratic(), False, PROXQUANT,
         ),
         ProjectionMode(
-            "prox_median", "ProxQuant-median", "ProxQuant toward the sign times the median of |w|",
+            "prox_median", "ProxQuant-median", "ProxQuant toward plus and minus the median size of a weight",
             GreedyMedian(), Soft(), False, PROXQUANT,
         ),
         ProjectionMode(
@@ -243,6 +246,8 @@ def mode(name: str, quantizer: str | None = None, bits: int | None = None, by_ro
         raise ValueError(f"{which} {value}: {name} with the quantizer {kind.name} has levels of its own number and kind{advice}")
     if kind is UniformWithZero and changes.get("bits") == 1:
         raise ValueError("bits 1: uniform_with_zero needs 2 or more")
+    if chosen is own and not changes:
+        return found
     chosen = replace(chosen, **changes)
     if found.drawn is not None:
         return replace(found, drawn=chosen)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from quantize.groups import Groups
-from quantize.quantizers import Fitted, Quantizer, wide
+from quantize.quantizers import Fitted, Quantizer, at_least, sign, wide
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class _Greedy(Quantizer):
         """The amplitudes."""
         amplitudes: Fitted = ()
         for _ in range(self.bits):
-            size = self.size(x, lambda w, so_far=amplitudes: _residual(wide(w), so_far).abs())
+            size = self.size(x, lambda w, so_far=amplitudes: _left(wide(w), so_far))
             amplitudes += (size.to(wide(x.pieces[0]).dtype),)
         return amplitudes
 
@@ -81,6 +81,8 @@ class Alternating(Quantizer):
 
     def fit(self, x: Groups, given: Any = None) -> Fitted:
         """One round: the amplitudes. More: the magnitudes of the values in increasing order."""
+        if self.bits == 2 and self.rounds > 1:
+            return self._of_two_bits(x)
         amplitudes = GreedyMean(self.bits).fit(x)
         if self.rounds == 1:
             return amplitudes
@@ -90,14 +92,38 @@ class Alternating(Quantizer):
             amplitudes = _decreasing(_from_nearest(x, amplitudes, dtype))
         return tuple(magnitude.to(dtype) for magnitude in _magnitudes(amplitudes)[0])
 
+    def _of_two_bits(self, x: Groups) -> Fitted:
+        """The same where there are as many amplitudes as magnitudes: least squares makes each magnitude its weights' mean."""
+        dtype = wide(x.pieces[0]).dtype
+        boundary = x.mean(lambda w: wide(w).abs()).to(dtype)  # greedy codes turn where |w| is the first amplitude
+        for _ in range(self.rounds - 1):
+
+            def below_and_beyond(w: Tensor, boundary: Tensor = boundary) -> Iterator[Tensor]:
+                magnitude = wide(w).abs()
+                beyond = at_least(magnitude, boundary)
+                yield magnitude
+                yield beyond
+                yield magnitude.mul_(beyond)
+                yield beyond.fill_(1)
+
+            total, beyond, of_beyond, count = x.sums(below_and_beyond)
+            means = torch.stack([(total - of_beyond) / (count - beyond).clamp(min=1), of_beyond / beyond.clamp(min=1)])
+            small, large = means.clamp(min=0).sort(0).values.to(dtype)
+            boundary = (small + large) / 2
+        return small, large
+
     def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
         if self.rounds == 1:
             return _greedy_sum(wide(w), fitted).to(w.dtype)
         magnitude = wide(w).abs()
-        nearest = fitted[0].expand_as(magnitude)
-        for boundary, level in zip(_between(fitted), fitted[1:], strict=True):
-            nearest = torch.where(magnitude >= boundary, level, nearest)
-        return torch.copysign(nearest, wide(w) + 0.0).to(w.dtype)
+        from_here, nearest = None, None  # 1 from the level's lower boundary on; the level of each so far
+        for level, boundary in zip(fitted, _between(fitted), strict=False):
+            beyond = at_least(magnitude, boundary)
+            only_here = 1 - beyond if from_here is None else from_here.sub_(beyond)
+            nearest = only_here.mul_(level) if nearest is None else nearest.add_(only_here.mul_(level))
+            from_here = beyond
+        top = fitted[-1] if from_here is None else from_here.mul_(fitted[-1])
+        return sign(wide(w)).mul_(top if nearest is None else nearest.add_(top)).to(w.dtype)
 
     def levels(self, fitted: Fitted) -> list[Tensor]:
         magnitudes = _magnitudes(fitted)[0] if self.rounds == 1 else fitted
@@ -168,23 +194,20 @@ class UniformWithZero(Uniform):
         return [float(j) for j in range(-largest, largest + 1)]
 
 
-def _sign(r: Tensor) -> Tensor:
-    return torch.copysign(torch.ones((), dtype=r.dtype, device=r.device), r + 0.0)
-
-
-def _residual(w: Tensor, amplitudes: Fitted) -> Tensor:
-    """What greedy codes with these amplitudes leave of the weights."""
+def _left(w: Tensor, amplitudes: Fitted) -> Tensor:
+    """The size of what greedy codes with these amplitudes leave of the weights."""
+    size = w.abs()
     for amplitude in amplitudes:
-        w = w - amplitude * _sign(w)
-    return w
+        size = size.sub_(amplitude).abs_()
+    return size
 
 
 def _greedy_sum(w: Tensor, amplitudes: Fitted) -> Tensor:
     """What greedy codes with these amplitudes make of the weights."""
     total, residual = torch.zeros_like(w), w
     for amplitude in amplitudes:
-        term = amplitude * _sign(residual)
-        total, residual = total + term, residual - term
+        term = sign(residual).mul_(amplitude)
+        total, residual = total.add_(term), residual - term
     return total
 
 
@@ -217,7 +240,7 @@ def _from_greedy_codes(x: Groups, amplitudes: Fitted) -> Tensor:
         residual = wide(w)
         codes = []
         for amplitude in amplitudes:
-            codes.append(_sign(residual))
+            codes.append(sign(residual))
             residual = residual - amplitude * codes[-1]
         yield torch.ones_like(residual)
         yield from (code * wide(w) for code in codes)
@@ -244,7 +267,7 @@ def _from_nearest(x: Groups, amplitudes: Fitted, dtype: torch.dtype) -> Tensor:
         yield torch.ones_like(magnitude)
         yield magnitude
         for boundary in boundaries:
-            beyond = (magnitude >= boundary).to(dtype)
+            beyond = at_least(magnitude, boundary)
             yield beyond * magnitude
             yield beyond
 

@@ -144,14 +144,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """Sets the strength of the projection, of several modes each one's; in a lazy mode the model is projected with it at once.
 
         Raises:
-            ValueError: if a strength is negative or not a number, or infinite in a mode that has no limit there.
+            ValueError: if a strength is negative or not finite.
         """
         self._refuse_while_quantized("set_strength()")
         strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(self._projections)
         if len(strengths) != len(self._projections):
             raise ValueError(f"{len(strengths)} strengths for {len(self._projections)} modes")
-        for value, mode in zip(strengths, self.modes, strict=True):
-            if math.isnan(value) or value < 0 or (math.isinf(value) and not mode.schedule.every_step):
+        for value in strengths:
+            if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"the strength of a projection is a finite number >= 0, not {value}")
         self._take_over()
         for projection, value in zip(self._projections, strengths, strict=True):
@@ -206,7 +206,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     @property
     def levels(self) -> dict[str, Tensor]:
         """Learned levels by name, ``(2,)``: the positive and the negative one. Empty in modes that learn none."""
-        return {name: level for one in self._projections if one.levels for name, level in zip(one.names, one.levels, strict=True)}
+        return {name: levels for one in self._projections for name, levels in one.levels_by_name(self.frozen).items()}
 
     @torch.no_grad()
     def quantized(self) -> dict[str, Tensor]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.blocks import Block, blocks_of, local
-from quantize.groups import Groups
+from quantize.blocks import Block, blocks_of, in_memory_order, local
+from quantize.groups import Groups, is_dense
 from quantize.modes import ProjectionMode
 
 Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the parameter
@@ -216,7 +216,7 @@ class Projection:
 
     def _marks(self) -> list[tuple[Any, ...]]:
         """What changes where a parameter is written: torch counts its writes, but not those to its ``data``; on a CPU the sum of
-        its entries, which is there without waiting, tells of these too."""
+        a thousand entries, which is there without waiting, tells of these too."""
         return [
             (p._version, local(p).data_ptr(), _total(p.detach()) if p.device.type == "cpu" and not self._capturable else None)
             for p in self.parameters
@@ -226,7 +226,8 @@ class Projection:
 
     def _arrange(self) -> None:
         self._forms = self._forms_of(self.parameters)
-        self._blocks = blocks_of(self.parameters, range(len(self.parameters)), self.mode.quantizer.by_row)
+        quantizer = self.mode.quantizer
+        self._blocks = blocks_of(self.parameters, quantizer.by_row, quantizer.fits)
 
     def _follow(self) -> None:
         """Moves and casts what belongs to parameters that were moved or cast."""
@@ -251,11 +252,15 @@ class Projection:
 
     def end(self) -> None:
         """Lets go of what only training needs."""
-        if self.levels:
-            self.levels = [torch.stack([p.max(), p.min()]).to(level) for p, level in zip(self.parameters, self.levels, strict=True)]
         self.latent = self.parameters
         self._blocks = []
         self._shown_marks = []
+
+    def levels_by_name(self, frozen: bool) -> dict[str, Tensor]:
+        """Learned levels; once frozen they are the weights' own."""
+        if frozen and self.levels:
+            return {name: torch.stack([p.max(), p.min()]).detach() for name, p in zip(self.names, self.parameters, strict=True)}
+        return dict(zip(self.names, self.levels, strict=False))
 
     def load(self, strength: float, draws: int, latent: Sequence[Tensor], levels: Sequence[Tensor]) -> None:
         """Takes over what a state holds; no latent weights or levels where there are none."""
@@ -278,6 +283,13 @@ def _put(values: Iterable[Tensor], x: Groups) -> None:
         piece.copy_(value)
 
 
+_SAMPLE = 1024
+
+
 def _total(tensor: Tensor) -> float:
-    total = float(local(tensor).sum())
+    """The sum of a sample of the entries, spread over all."""
+    entries = local(tensor)
+    if is_dense(entries) and entries.numel() > _SAMPLE:
+        entries = in_memory_order(entries)[:: entries.numel() // _SAMPLE]
+    total = float(entries.sum())
     return 0.5 if math.isnan(total) else total  # which is equal to itself

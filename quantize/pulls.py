@@ -22,14 +22,14 @@ Strength = float | Tensor
 def soft(w: Tensor, q: Tensor, strength: Strength) -> Tensor:
     """Toward q by at most t: q + sign(w - q) max(|w - q| - t, 0), the proximal operator of t ||v - q||_1 with q held."""
     # Which is q, clipped to [w - t, w + t]: without the rounding of w - q.
-    return torch.maximum(torch.minimum(q, w + strength), w - strength)
+    return torch.clamp(q, w - strength, w + strength)
 
 
 def quadratic(w: Tensor, q: Tensor, strength: Strength) -> Tensor:
     """(w + t q) / (1 + t): the proximal operator of t/2 ||v - q||^2 with q held; q itself where t is infinite."""
     if isinstance(strength, Tensor):
         return torch.where(strength.isinf(), q, (w + strength * q) / (1 + strength))
-    return q.clone() if math.isinf(strength) else (w + strength * q) / (1 + strength)
+    return q.clone() if math.isinf(strength) else (q * strength).add_(w).div_(1 + strength)
 
 
 def piecewise_affine(w: Tensor, levels: Sequence[Tensor | float] | Tensor, slope: Strength) -> Tensor:

@@ -26,6 +26,7 @@ class Quantizer:
         takes_bits: whether other ``bits`` and ``by_row`` make sense.
         clips: whether weights are kept in [-1, 1] while they are trained toward it.
         spares_ends: whether the network's first and last layer stay in full precision.
+        fits: whether ``fit`` looks at the weights.
         given: what ``fit`` must be given beside the weights: "levels", a generator for a "draw", or nothing.
     """
 
@@ -36,7 +37,13 @@ class Quantizer:
     takes_bits: ClassVar[bool] = False
     clips: ClassVar[bool] = False
     spares_ends: ClassVar[bool] = False
+    fits: ClassVar[bool] = True
     given: ClassVar[str] = ""
+
+    @property
+    def in_words(self) -> str:
+        """Its name, with bits and rows where they can be chosen."""
+        return f"{self.name}, {self.bits} bit{'s' * (self.bits > 1)}{' by row' * self.by_row}" if self.takes_bits else self.name
 
     def fit(self, x: Groups, given: Any = None) -> Fitted:
         """Levels and thresholds of each group."""
@@ -63,13 +70,13 @@ class Binary(Quantizer):
 
     name = "binary"
     clips = True
+    fits = False
 
     def fit(self, x: Groups, given: Any = None) -> Fitted:
         return ()
 
     def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
-        # Adding zero turns -0.0 into +0.0, whose sign bit copysign reads.
-        return torch.copysign(torch.ones((), dtype=w.dtype, device=w.device), w + 0.0)
+        return sign(w)
 
     def levels(self, fitted: Fitted) -> list[Tensor]:
         return [torch.tensor(-1.0), torch.tensor(1.0)]
@@ -96,7 +103,7 @@ class Ternary(Quantizer):
 
         def sides(w: Tensor) -> tuple[Tensor, ...]:
             w = wide(w)
-            high, low = (w >= threshold).to(dtype), (w <= -threshold).to(dtype)
+            high, low = at_least(w, threshold), at_most(w, -threshold)
             return w * high, high, w * low, low
 
         high_sum, high_count, low_sum, low_count = x.sums(sides)
@@ -139,14 +146,16 @@ class LearnedTernary(Quantizer):
 
     def level_terms(self, gradient: Tensor, w: Tensor, fitted: Fitted) -> tuple[Tensor, Tensor]:
         """What the gradients at the positive and at the negative level are the sums of, from that at the quantized weights."""
-        return gradient * (wide(w) >= fitted[0]), gradient * (wide(w) <= -fitted[0])
+        x = wide(w)
+        return gradient * at_least(x, fitted[0]), gradient * at_most(x, -fitted[0])
 
     def pull_back(self, gradient: Tensor, w: Tensor, fitted: Fitted) -> Tensor:
         """The gradient at the latent weights, from that at the quantized ones: scaled by the size of the level of each."""
         threshold, positive, negative = fitted
         x = wide(w)
-        scale = torch.where(x >= threshold, positive.abs(), torch.where(x <= -threshold, negative.abs(), 1.0))
-        return (gradient * scale).to(gradient.dtype)
+        high, low = at_least(x, threshold), at_most(x, -threshold)
+        middle = 1 - high - low
+        return (gradient * (middle.add_(high.mul_(positive.abs())).add_(low.mul_(negative.abs())))).to(gradient.dtype)
 
 
 @dataclass(frozen=True)
@@ -161,12 +170,12 @@ class StochasticBinary(Binary):
         return (given,)
 
     def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
-        drawn = torch.rand(w.shape, generator=fitted[0], dtype=torch.float32, device=w.device)
-        return torch.where(drawn < self.chance(w), 1.0, -1.0).to(w.dtype)
+        drawn = torch.rand(w.shape, generator=fitted[0], dtype=wide(w).dtype, device=w.device)
+        return sign(self.chance(wide(w)).sub_(drawn)).to(w.dtype)
 
     def chance(self, w: Tensor) -> Tensor:
         """The probability of +1."""
-        return ((w + 1) / 2).clamp(0, 1)
+        return (w + 1).div_(2)  # beyond 0 and 1 it is as certain as there
 
 
 @dataclass(frozen=True)
@@ -182,13 +191,31 @@ class ExponentialBinary(StochasticBinary):
 
 def _ternary(w: Tensor, threshold: Tensor, high_level: Tensor, low_level: Tensor) -> Tensor:
     x = wide(w)
-    high, low = (x >= threshold).to(x.dtype), (x <= -threshold).to(x.dtype)
-    return (high.mul_(high_level) + low.mul_(low_level)).to(w.dtype)
+    high, low = at_least(x, threshold), at_most(x, -threshold)
+    return high.mul_(high_level).add_(low.mul_(low_level)).to(w.dtype)
 
 
 def _above_zero(threshold: Tensor) -> Tensor:
     """Where a threshold is too small to be represented, every entry but zero lies beyond it."""
     return torch.maximum(threshold, torch.nextafter(torch.zeros_like(threshold), torch.ones_like(threshold)))
+
+
+# On a CPU comparisons that give booleans, and choices by them, take ten times as long as arithmetic with zeros and ones.
+
+
+def at_least(w: Tensor, bound: Tensor | float) -> Tensor:
+    """1 where w >= bound, else 0, in the dtype of ``w``."""
+    return torch.ge(w, bound, out=torch.empty_like(w))
+
+
+def at_most(w: Tensor, bound: Tensor | float) -> Tensor:
+    """1 where w <= bound, else 0, in the dtype of ``w``."""
+    return torch.le(w, bound, out=torch.empty_like(w))
+
+
+def sign(w: Tensor) -> Tensor:
+    """-1 or +1, and +1 at zero."""
+    return at_least(w, 0.0).mul_(2).sub_(1)
 
 
 def wide(w: Tensor) -> Tensor:

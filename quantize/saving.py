@@ -47,10 +47,10 @@ def to_torch(
             own = {}
             if projection.mode.lazy:
                 own[_LATENT] = latent[name].clone()
-                names[name] = index_of[id(parameter)]
             if projection.levels:
                 own[_LEVELS] = projection.levels[number].clone()
             if own:
+                names[name] = index_of[id(parameter)]
                 state.setdefault(index_of[id(parameter)], {}).update(own)
     common = {
         _MODES: ",".join(projection.mode.name for projection in projections),
@@ -81,11 +81,11 @@ def from_torch(
     _compare_modes(common[_MODES], common[_FROZEN], projections, frozen)
     state = {index: dict(entry) for index, entry in content["state"].items()}
     found = []
-    index_of = _indices(param_groups)
+    key_of = {} if common[_FROZEN] else _keys(groups, param_groups)
     for number, projection in enumerate(projections):
         latent, levels = [], []
         for name, parameter in zip(projection.names, projection.parameters, strict=True):
-            entry = {} if common[_FROZEN] else state.get(index_of[id(parameter)], {})
+            entry = {} if common[_FROZEN] else state.get(key_of[id(parameter)], {})
             if projection.mode.lazy and not common[_FROZEN]:
                 latent.append(_fitting(entry.get(_LATENT), parameter, f"latent weights of {name}"))
             if projection.levels and not common[_FROZEN]:
@@ -104,9 +104,18 @@ def from_torch(
 
 def latent_in(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """The latent weights in a state, by name; empty where they are the model's own."""
-    if "base_optimizer" in content:
-        return dict(content["latent"])
-    return {name: content["state"][index][_LATENT] for name, index in content["param_groups"][0].get(_NAMES, {}).items()}
+    return dict(content["latent"]) if "base_optimizer" in content else _by_name(content, _LATENT)
+
+
+def levels_in(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The learned levels in a state, by name."""
+    return _by_name(content, _LEVELS)
+
+
+def _by_name(content: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
+    groups = content.get("param_groups") or [{}]
+    numbers = groups[0].get(_NAMES, {})
+    return {name: content["state"][index][kind] for name, index in numbers.items() if kind in content["state"][index]}
 
 
 def _from_before(content: Mapping[str, Any], projections: Sequence[Projection], frozen: bool) -> Found:
@@ -140,6 +149,16 @@ def _fitting(given: Any, wanted: Tensor, what: str) -> Tensor:
 def _indices(param_groups: Sequence[Mapping[str, Any]]) -> dict[int, int]:
     """The number that torch gives each parameter in a state, by the parameter's identity."""
     return {id(parameter): index for index, parameter in enumerate(p for group in param_groups for p in group["params"])}
+
+
+def _keys(saved: Sequence[Mapping[str, Any]], param_groups: Sequence[Mapping[str, Any]]) -> dict[int, Any]:
+    """What a state calls each parameter, a number or (torch's distributed checkpoints) a name, by the parameter's identity."""
+    theirs = [len(group["params"]) for group in saved]
+    ours = [len(group["params"]) for group in param_groups]
+    if theirs != ours:
+        raise ValueError(f"the state is of parameter groups of {theirs} parameters, this optimizer has groups of {ours}")
+    pairs = zip((key for group in saved for key in group["params"]), (p for g in param_groups for p in g["params"]), strict=True)
+    return {id(parameter): key for key, parameter in pairs}
 
 
 def _without(entry: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:

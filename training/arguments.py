@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
+import quantize
 from training import tasks
 from utils import UsageError
 
@@ -32,7 +33,7 @@ CHANGES_NO_NUMBER = frozenset(
         "evaluate",
     }
 )
-DERIVED = {"typed", "rate"}  # what parsing adds to the arguments: no flags of their own
+DERIVED = {"typed", "rate", "mode"}  # what parsing adds to the arguments: no flags of their own
 
 
 class _Parser(argparse.ArgumentParser):
@@ -189,11 +190,22 @@ def build_parser(
         help="of initial weights, order, augmentation and dropout (default: 0)")  # fmt: skip
 
     add = parser.add_argument_group("quantization").add_argument
+    quantizers = {name: kind for mode in modes.values() for name, kind in mode.choices.items()}
+    takers = ", ".join(name for name, kind in quantizers.items() if kind.takes_bits)
     add("--projection_mode", type=_word_from(modes), metavar="MODE",
         help="; ".join(f"{name}: {mode.title}" for name, mode in modes.items()) + " (default: none, full precision)")  # fmt: skip
+    add("--quantizer", type=_word_from(quantizers), metavar="NAME",
+        help=f"values of the quantized weights: {', '.join(quantizers)} (default: the mode's own; alternating where a mode takes "
+        "any and --bits of 2 or more or --by_row is given)")  # fmt: skip
+    add("--bits", type=_number(int, lambda v: 1 <= v <= 8, "a whole number from 1 to 8"), metavar="K",
+        help=f"bits of a quantized weight, which has 2^K values; for {takers} (default: the quantizer's own)")  # fmt: skip
+    add("--by_row", action="store_true", help="values of their own for each row of a weight tensor, where --bits can be given")
+    rated = {flag: [name for name, mode in modes.items() if mode.schedule.flag == flag] for flag in ("reg_rate", "binary_reg")}
     add("--reg_rate", type=_RATE, default=0.0, metavar="R",
-        help="prox, prox_ternary: strength of a step's proximal operator is lr * R * epoch (needed there; default: 0)")  # fmt: skip
-    add("--binary_reg", type=_RATE, default=0.0, metavar="S", help="lazy: strength of the projection, 1 is the sign (default: 1)")
+        help=f"{', '.join(rated['reg_rate'])}: strength of a step's pull is lr * R * epoch (prox_connect: R * epoch; needed there; "
+        "default: 0)")  # fmt: skip
+    add("--binary_reg", type=_RATE, default=0.0, metavar="S",
+        help=f"{', '.join(rated['binary_reg'])}: strength of the projection, 1 is the sign (default: 1)")  # fmt: skip
     add("--adjust_reg", action="store_true", help="multiply the strength by (initial learning rate / current one)")
     add("--freeze_epoch", type=_number(int, lambda v: -1 <= v < 2**31, "a whole number from 0 up, or -1"), default=-1, metavar="N",
         help="quantize for good after N epochs and train the rest on; 0: before the first, -1: never (default: -1)")  # fmt: skip
@@ -258,10 +270,25 @@ def parse(argv: list[str] | None, **names: Any) -> tuple[argparse.Namespace, lis
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), _NOT_TYPED)))
     args.typed = frozenset(name for name, value in vars(given).items() if value is not _NOT_TYPED)
     tasks.set_defaults(args, args.dataset)
-    return args, check(args, names["modes"].get(args.projection_mode))
+    args.mode = choose_mode(args.projection_mode, args.quantizer, args.bits, args.by_row)
+    return args, check(args, args.mode)
 
 
-def check(args: argparse.Namespace, mode: Any) -> list[str]:
+def choose_mode(name: str | None, quantizer: str | None, bits: int | None, by_row: bool) -> quantize.ProjectionMode:
+    """The mode of these flags; ``quantize.FULL_PRECISION`` where none is named.
+
+    Raises:
+        UsageError: where they make no sense together.
+    """
+    if name is None:
+        return quantize.FULL_PRECISION
+    try:
+        return quantize.mode(name, quantizer, bits, by_row or None)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+
+
+def check(args: argparse.Namespace, mode: quantize.ProjectionMode) -> list[str]:
     """Warnings about arguments without effect; raises UsageError on those that contradict each other."""
     warnings = []
     if args.evaluate is not None:
@@ -272,25 +299,35 @@ def check(args: argparse.Namespace, mode: Any) -> list[str]:
     tasks.task_of(args.dataset).check(args, several=False)
     if args.binary_regime + args.ttq_regime + (args.regime is not None) > 1:
         raise UsageError("--regime, --binary_regime and --ttq_regime: only one of them can be chosen")
+    for name in ("quantizer", "bits", "by_row") if not mode.projects else ():
+        if name in args.typed:
+            raise UsageError(f"--{name} {getattr(args, name)}: nothing is quantized without --projection_mode")
     if args.start_epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: a number below --epochs {args.epochs} is needed")
     if args.freeze_epoch >= 0 and args.projection_mode is None:
         raise UsageError(f"--freeze_epoch {args.freeze_epoch}: nothing is quantized without --projection_mode")
     if args.freeze_epoch > args.epochs:
         warnings.append(f"--freeze_epoch {args.freeze_epoch} is beyond --epochs {args.epochs}: this run never freezes")
-    if mode is None:
+    if not mode.projects:
         idle = {"reg_rate", "binary_reg", "adjust_reg"}
         warnings += [f"--{name} has no effect without --projection_mode" for name in sorted(idle & args.typed)]
         return warnings
-    used, unused = ("reg_rate", "binary_reg") if mode.strength_grows else ("binary_reg", "reg_rate")
-    if unused in args.typed:
-        warnings.append(f"--{unused} has no effect with --projection_mode {mode.name}, which takes --{used}")
+    used = mode.schedule.flag
+    taken = f"takes --{used}" if used else "has no strength to choose"
+    idle = {"reg_rate", "binary_reg"} - {used} | ({"adjust_reg"} if used is None else set())
+    warnings += [f"--{name} has no effect with --projection_mode {mode.name}, which {taken}" for name in sorted(idle & args.typed)]
+    args.rate = mode.default_rate
+    if args.capture and mode.drawn is not None:
+        raise UsageError(f"--capture: {mode.name} draws anew at each step, which a captured one would repeat")
+    if used is None:
+        return warnings
     if used not in args.typed and not mode.default_rate:
         raise UsageError(
             f"--projection_mode {mode.name}: --{used} is needed, nothing would pull the weights to their quantization; "
             f"--{used} 0 is accepted where that is meant"
         )
-    args.rate = getattr(args, used) if used in args.typed else mode.default_rate
+    if used in args.typed:
+        args.rate = getattr(args, used)
     if args.rate == 0:
         warnings.append(f"--{used} is 0: nothing pulls the weights to their quantization with --projection_mode {mode.name}")
     return warnings

@@ -30,7 +30,6 @@ class Job:
     args: Namespace
     run: Run
     sets: data.Data
-    mode: quantize.ProjectionMode
     regime: regimes.Regime
     device: torch.device
     precision: Precision
@@ -56,8 +55,13 @@ def describe(job: Job, state: State) -> None:
     latent = state.optimizer.latent
     if latent:
         count = sum(weight.numel() for weight in latent.values())
-        log.info(f"mode: {job.mode.name} ({job.mode.title}), {count:,} weights in {len(latent)} tensors ({count / parameters:.1%})")
-        log.debug(f"quantized: {', '.join(latent)}")
+        mode = args.mode
+        log.info(
+            f"mode: {mode.name} ({mode.title}), quantizer {mode.quantizer.in_words}, "
+            f"{count:,} weights in {len(latent)} tensors ({count / parameters:.1%})"
+        )
+        for name, reason in quantize.reasons(state.model, mode).items():
+            log.debug(f"{name}: {reason}")
 
 
 def facts_of_training(args: Namespace, sets: data.Data, regime: regimes.Regime, state: State) -> dict[str, Any]:
@@ -129,6 +133,9 @@ def between_steps(job: Job, state: State, progress: loops.Progress) -> None:
     minutes = job.args.checkpoint_minutes
     due = job.processes.first and minutes > 0 and time.monotonic() - job.run.saved_at > 60 * minutes
     number, due = job.processes.largest(job.stop.number, int(due))
+    if job.args.mode.schedule.every_step and state.optimizer.projecting:
+        strength = strength_in(state.epoch, job.args, job.regime, share_over(job, state), state.history)
+        state.optimizer.set_strength(strength)
     # After the exchange: the look at the loss waits for the device, and there for ever for a process that is gone.
     progress.step()
     job.stop.answer(number)
@@ -150,23 +157,37 @@ def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:
         if args.capture:
             regimes.make_capturable(optimizer.base_optimizer, job.device)
     if optimizer.projecting:
-        optimizer.set_strength(strength_in(state.epoch, args, job.mode, job.regime, state.history))
+        optimizer.set_strength(strength_in(state.epoch, args, job.regime, share_over(job, state), state.history))
 
 
-def strength_in(
-    epoch: int, args: Namespace, mode: quantize.ProjectionMode, regime: regimes.Regime, history: regimes.History = ()
-) -> float:
-    """Strength of the projection in an epoch, before a step's learning rate scales it."""
-    strength, lr = mode.strength(args.rate, epoch), regimes.settings_at(regime, epoch, history)["lr"]
-    return strength * (regime[0]["lr"] / lr) if args.adjust_reg and lr else strength
+def wrap(base_optimizer: torch.optim.Optimizer, model: nn.Module, args: Namespace) -> quantize.ProjectedOptimizer:
+    """The optimizer with the run's projection around its steps; raises UsageError where the mode finds nothing to quantize."""
+    try:
+        selected = args.mode.select(model)
+        return quantize.ProjectedOptimizer(base_optimizer, selected, args.mode, capturable=args.capture, seed=args.seed)
+    except ValueError as error:
+        raise UsageError(f"--projection_mode {args.projection_mode}: {error}") from None
 
 
-def check_strength(args: Namespace, mode: quantize.ProjectionMode, regime: regimes.Regime) -> None:
+def strength_in(epoch: int, args: Namespace, regime: regimes.Regime, share: float = 0.0, history: regimes.History = ()) -> float:
+    """Strength of the projection in an epoch, before a step's learning rate scales it; ``share`` as in ``share_over``."""
+    strength, lr = args.mode.strength(args.rate, epoch, share), regimes.settings_at(regime, epoch, history)["lr"]
+    return strength * (regime[0]["lr"] / lr) if args.adjust_reg and args.mode.schedule.flag and lr else strength
+
+
+def share_over(job: Job, state: State) -> float:
+    """The share that is over of the way from the run's first step to the freeze, or to its end where nothing freezes before."""
+    first, epochs = job.args.start_epoch, job.args.epochs
+    end = epochs if job.args.freeze_epoch == -1 else min(job.args.freeze_epoch, epochs)
+    return (state.epoch - first + state.step / len(job.sets.train)) / max(end - first, 1)
+
+
+def check_strength(args: Namespace, regime: regimes.Regime) -> None:
     """Raises UsageError where the strength, or the strength of a step, grows beyond all numbers while something is projected."""
     last = (args.epochs if args.freeze_epoch == -1 else min(args.freeze_epoch, args.epochs)) - 1
     # It only grows between two entries of the regime: the epochs before each of them tell.
     for epoch in sorted(epoch for epoch in {last, *(entry - 1 for entry in regime)} if args.start_epoch <= epoch <= last):
-        strength = strength_in(epoch, args, mode, regime)
+        strength = strength_in(epoch, args, regime)
         if not math.isfinite(strength * max(1.0, regimes.settings_at(regime, epoch)["lr"])):
             raise UsageError(
                 f"--reg_rate {args.rate:g}: the strength in epoch {epoch + 1} is not a finite number; take a smaller one"
@@ -211,6 +232,7 @@ def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Bo
     for tensor in state.carried:
         tensor.zero_()
     board.add_epoch(row, metrics)
+    board.add_levels(optimizer.levels, state.epoch)
     if state.epoch % max(1, args.epochs // tracking.HISTOGRAMS) == 0 or state.epoch in (args.freeze_epoch, args.epochs):
         board.add_histograms(optimizer.latent, state.epoch)
     if state.ended or state.epoch == args.epochs:

@@ -15,6 +15,7 @@ import data
 import quantize
 from models import MODELS
 from training import checkpoints, loops, tasks
+from training.arguments import choose_mode
 from training.batch_norm import re_estimate
 from training.computing import Precision, select_precision
 from training.log import log, warn
@@ -45,14 +46,19 @@ def read_kept(args: Namespace) -> Kept:
     args.precision = _given_or_kept(args, content, "precision", ("auto", "fp32", "bf16"))
     args.holdout = _given_or_kept(args, content, "holdout", range(2**31))
     args.input_size = _given_or_kept(args, content, "input_size", (None, *range(32, 2049)))
-    mode_name = _given_or_kept(args, content, "projection_mode", [*quantize.MODES, None])
+    mode = choose_mode(
+        _given_or_kept(args, content, "projection_mode", [*quantize.MODES, None]),
+        _given_or_kept(args, content, "quantizer", [*quantize.ALL_QUANTIZERS, None]),
+        _given_or_kept(args, content, "bits", [*range(1, 9), None]),
+        _given_or_kept(args, content, "by_row", [False, True]),
+    )
     return Kept(
         path,
         content,
         model,
         dataset,
         _config_of(content) | args.model_config,
-        quantize.MODES.get(mode_name, quantize.FULL_PRECISION),
+        mode,
     )
 
 
@@ -82,10 +88,10 @@ def evaluate(args: Namespace) -> int:
                 figures = loops.validate(task, model, batches, task.meter(device), precision)
                 log.info(f"{words}{split}: {task.evaluation_in_words(figures)}")
 
-    if mode is quantize.FULL_PRECISION and args.recalibrate:
+    if args.recalibrate and not mode.projects:
         raise UsageError(f"--recalibrate {args.recalibrate}: {path} is in full precision, nothing changes under its statistics")
     say("as it is")
-    if mode is not quantize.FULL_PRECISION:
+    if mode.projects:
         hard_quantize(model, mode, kept.content)
         say("hard-quantized")
         if args.recalibrate:

@@ -19,6 +19,7 @@ from training.arguments import DERIVED
 from training.tasks import Task
 from utils import writing
 
+_SIDES = ("positive", "negative")
 HISTOGRAMS = 20  # about so many over a run: enough to see the weights split, small enough to load quickly
 BINS = 80
 # The page "custom scalars", beside the task's own charts: those that tell how a quantized training goes. Tags are regular
@@ -78,6 +79,11 @@ class Board:
             values[f"{metric}_mean"] = row[metric]
             values |= {f"{metric}/{parameter}": value for parameter, value in by_parameter.items()}
         self._add_scalars(values, row["epoch"])
+
+    def add_levels(self, levels: Mapping[str, Tensor], epoch: int) -> None:
+        """Learned levels by parameter: the positive and the negative one."""
+        sides = [(f"ternary_value/{name}/{side}", both[i]) for name, both in levels.items() for i, side in enumerate(_SIDES)]
+        self._add_scalars({tag: value.item() for tag, value in sides}, epoch)
 
     def add_histograms(self, weights: Mapping[str, Tensor], epoch: int) -> None:
         """The distribution of each quantized parameter's latent weights."""
