@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from quantize.groups import Groups, Layout, OneTensor, Reduce, Rows, is_dense
+from quantize.groups import Groups, Layout, OneTensor, Rows, is_dense
+from quantize.shards import has_whole_rows, is_sharded, local, over_shards
 
 # Entries, by device type. On a CPU a piece and its temporaries stay in a core's cache; on a GPU few launches count.
 PIECE = {"cpu": 2**18}
@@ -63,7 +63,7 @@ class LargeTensor:
         pieces = list(in_memory_order(local(tensor)).split(piece_size(tensor.device)))
         if not is_sharded(tensor):
             return OneTensor(pieces)
-        return OneTensor(pieces, tensor.numel(), _over_shards(tensor))
+        return OneTensor(pieces, tensor.numel(), over_shards(tensor))
 
     def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
         _copy_elsewhere(x, self.read(tensors))
@@ -92,10 +92,10 @@ class SomeRows:
 
     def read(self, tensors: Sequence[Tensor]) -> Groups:
         tensor, here = tensors[self._index], local(tensors[self._index])
-        matrix = in_memory_order(here).view(len(here), -1)[self._rows]
-        if not is_sharded(tensor) or _has_whole_rows(tensor):
+        matrix = in_memory_order(here).view(len(here), here.numel() // max(1, len(here)))[self._rows]
+        if not is_sharded(tensor) or has_whole_rows(tensor):
             return Rows(matrix)
-        return Rows(matrix, tensor.numel() // max(1, len(tensor)), _over_shards(tensor))
+        return Rows(matrix, tensor.numel() // max(1, len(tensor)), over_shards(tensor))
 
     def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
         _copy_elsewhere(x, self.read(tensors))
@@ -138,7 +138,7 @@ def blocks_of(tensors: Sequence[Tensor], by_row: bool, fits: bool) -> list[Block
             here = local(tensor)
             if not by_rows:
                 blocks.append(LargeTensor(index))
-            elif _has_whole_rows(tensor):
+            elif has_whole_rows(tensor):
                 blocks += _rows(index, here)
             else:  # all rows at once: every process then takes part in each sum
                 blocks.append(SomeRows(index, 0, len(here)))
@@ -186,35 +186,3 @@ def in_memory_order(tensor: Tensor) -> Tensor:
 def _rows_in_order(tensor: Tensor) -> bool:
     """Whether the first dimension is the outermost in memory, as in contiguous and in channels_last tensors."""
     return len(tensor) < 2 or tensor.stride(0) * len(tensor) == tensor.numel()
-
-
-# Tensors that are sharded over processes (FSDP2): each process works on its own part.
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is one of torch's distributed tensors."""
-    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
-
-
-def _has_whole_rows(tensor: Tensor) -> bool:
-    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
-
-
-def _over_shards(tensor: Tensor) -> Reduce:
-    """Combines values of this process's part with those of the other parts."""
-    groups = [
-        tensor.device_mesh.get_group(dimension) for dimension, placement in enumerate(tensor.placements) if placement.is_shard()
-    ]
-
-    def combined(value: Tensor, how: str) -> Tensor:
-        value = value.clone()
-        for group in groups:
-            dist.all_reduce(value, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group)
-        return value
-
-    return combined

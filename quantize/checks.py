@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantize.groups import IN_PARTS, is_dense
 from quantize.modes import ProjectionMode
+from quantize.shards import has_whole_rows, is_sharded, local
 
 Named = list[tuple[str, nn.Parameter]]
 Pairs = Iterable[tuple[str, nn.Parameter]]
@@ -57,6 +59,8 @@ def check(base_optimizer: Any, groups: Sequence[tuple[Named, ProjectionMode]], c
                 )
             if parameter.is_meta:
                 raise ValueError(f"the parameter {name!r} is on the meta device: give it memory first (model.to_empty)")
+            if is_sharded(parameter):
+                _check_sharded(name, parameter, mode)
         narrow = [name for name, parameter in pairs if parameter.dtype in (torch.bfloat16, torch.float16)]
         if narrow and not mode.lazy and mode.projects:
             warnings.warn(
@@ -64,3 +68,10 @@ def check(base_optimizer: Any, groups: Sequence[tuple[Named, ProjectionMode]], c
                 "keep the weights in float32 and compute under torch.autocast",
                 stacklevel=4,
             )
+
+
+def _check_sharded(name: str, parameter: Tensor, mode: ProjectionMode) -> None:
+    if any(placement.is_partial() for placement in parameter.placements) or not is_dense(local(parameter)):
+        raise ValueError(f"the parameter {name!r} is sharded in parts that are to be added, or that have gaps in memory")
+    if mode.quantizer.gathers and not (mode.quantizer.by_row and has_whole_rows(parameter)):
+        raise ValueError(f"{mode.name} on the sharded parameter {name!r}: {IN_PARTS}")

@@ -47,6 +47,7 @@ class GreedyMedian(_Greedy):
 
     name = "greedy_median"
     clips = True
+    gathers = True
 
     def size(self, x: Groups, residual: Any) -> Tensor:
         return x.median(residual)

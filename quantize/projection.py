@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantize.blocks import Block, blocks_of, in_memory_order, local
+from quantize.blocks import Block, blocks_of, in_memory_order
 from quantize.groups import Groups, is_dense
 from quantize.modes import ProjectionMode
+from quantize.shards import copy, is_sharded, local, over_all, part
 
 Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the parameter
 
@@ -69,7 +70,7 @@ class Projection:
             self.take_over(rates)
         if self.levels:
             self._pull_gradients_back(rates)
-        torch._foreach_copy_(self.parameters, self.latent)
+        copy(self.latent, self.parameters)
 
     def after_step(self, rates: Rates) -> None:
         """Clips and pulls the weights that the step has made."""
@@ -96,7 +97,7 @@ class Projection:
             self._note_shown()
 
     def _pulled_into(self, places: Sequence[Tensor], rates: Rates) -> None:
-        torch._foreach_copy_(list(places), self.latent)
+        copy(self.latent, places)
         for number, block in enumerate(self._blocks):
             x = block.read(places)
             self._pull(number, block, x, rates)
@@ -127,7 +128,8 @@ class Projection:
         if what == "levels":
             return torch.stack([self.levels[index] for index in block.indices])
         if what == "draw":  # follows from the seed and the number of draws alone, so that it can be repeated
-            digest = hashlib.sha256(f"{self._seed}/{self.draws}/{number}".encode()).digest()
+            here = "".join(f"/{place}" for place in part(self.parameters[block.indices[0]]))  # each process its own signs
+            digest = hashlib.sha256(f"{self._seed}/{self.draws}/{number}{here}".encode()).digest()
             return torch.Generator(x.pieces[0].device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return None
 
@@ -156,8 +158,7 @@ class Projection:
         """
         current = self.current(rates)
         self._check_finite(current)
-        if current:
-            torch._foreach_copy_(list(places), current)
+        copy(current, places)
         quantizer = self.mode.quantizer
         for number, block in enumerate(self._blocks):
             x = block.read(places)
@@ -172,9 +173,9 @@ class Projection:
     def _check_finite(self, weights: Sequence[Tensor]) -> None:
         if not weights:
             return
-        finite = [local(weight).isfinite().all() for weight in weights]
-        for name, one in zip(self.names, torch.stack([one.cpu() for one in finite]).tolist(), strict=True):
-            if not one:
+        strange = [over_all(weight, (~local(weight).isfinite()).any().float(), "max") for weight in weights]
+        for name, one in zip(self.names, torch.stack([one.cpu() for one in strange]).tolist(), strict=True):
+            if one:
                 raise NotFinite(
                     f"{name} holds values that are not finite numbers: the training has diverged, it cannot be quantized"
                 )
@@ -198,18 +199,24 @@ class Projection:
 
     def put(self, weights: Sequence[Tensor]) -> None:
         """Puts the shown weights back into the model that they were taken from."""
-        if self.parameters:
-            torch._foreach_copy_(self.parameters, list(weights))
+        copy(weights, self.parameters)
         self._note_shown()
 
     def _changed(self, rates: Rates) -> set[int]:
         """Which parameters no longer hold what they were made to show."""
         suspects = [i for i, mark in enumerate(self._marks()) if mark != self._shown_marks[i]]
-        if not suspects:
+        if not self._anywhere(bool(suspects)):
             return set()
         expected = [torch.empty_like(weight) for weight in self.latent]
         self._pulled_into(expected, rates)
         return {i for i in suspects if not torch.equal(local(expected[i]), local(self.parameters[i].detach()))}
+
+    def _anywhere(self, suspicion: bool) -> bool:
+        """Whether one of those who hold parts of the parameters has a suspicion; all must then look, since looking takes sums."""
+        for parameter in self.parameters:
+            if is_sharded(parameter) and parameter.device.type == "cpu":  # elsewhere the marks are alike in all processes
+                return bool(over_all(parameter, torch.tensor(float(suspicion)), "max"))
+        return suspicion
 
     def _note_shown(self) -> None:
         self._shown_marks = self._marks() if self.mode.lazy else []
@@ -259,7 +266,7 @@ class Projection:
     def levels_by_name(self, frozen: bool) -> dict[str, Tensor]:
         """Learned levels; once frozen they are the weights' own."""
         if frozen and self.levels:
-            return {name: torch.stack([p.max(), p.min()]).detach() for name, p in zip(self.names, self.parameters, strict=True)}
+            return {name: _extremes(p.detach()) for name, p in zip(self.names, self.parameters, strict=True)}
         return dict(zip(self.names, self.levels, strict=False))
 
     def load(self, strength: float, draws: int, latent: Sequence[Tensor], levels: Sequence[Tensor]) -> None:
@@ -281,6 +288,13 @@ def _clip(x: Groups) -> None:
 def _put(values: Iterable[Tensor], x: Groups) -> None:
     for piece, value in zip(x.pieces, values, strict=True):
         piece.copy_(value)
+
+
+def _extremes(tensor: Tensor) -> Tensor:
+    """The largest and the smallest entry, ``(2,)``."""
+    entries = local(tensor)
+    both = torch.stack([entries.max(), -entries.min()]) if entries.numel() else entries.new_full((2,), -math.inf)
+    return over_all(tensor, both, "max") * entries.new_tensor([1.0, -1.0])
 
 
 _SAMPLE = 1024

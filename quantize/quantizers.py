@@ -27,6 +27,7 @@ class Quantizer:
         clips: whether weights are kept in [-1, 1] while they are trained toward it.
         spares_ends: whether the network's first and last layer stay in full precision.
         fits: whether ``fit`` looks at the weights.
+        gathers: whether it needs all of a group in one place; the others need sums and maxima.
         given: what ``fit`` must be given beside the weights: "levels", a generator for a "draw", or nothing.
     """
 
@@ -38,6 +39,7 @@ class Quantizer:
     clips: ClassVar[bool] = False
     spares_ends: ClassVar[bool] = False
     fits: ClassVar[bool] = True
+    gathers: ClassVar[bool] = False
     given: ClassVar[str] = ""
 
     @property

@@ -1,0 +1,63 @@
+"""Tensors that are sharded over processes (FSDP2): each process works on its own part, and no weights travel.
+
+What combines values over the parts is a call that all processes make, in the same order.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quantize.groups import Reduce
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is one of torch's distributed tensors."""
+    return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copies tensors into others of the same form, each process its own parts."""
+    if targets:
+        torch._foreach_copy_([local(target) for target in targets], [local(source) for source in sources])
+
+
+def has_whole_rows(tensor: Tensor) -> bool:
+    """Whether a sharded tensor is cut between its rows only."""
+    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+
+
+def part(tensor: Tensor) -> tuple[int, ...]:
+    """Which part of a tensor is here: its place among the shards of each dimension that is cut, nothing where it is whole."""
+    if not is_sharded(tensor):
+        return ()
+    return tuple(tensor.device_mesh.get_local_rank(dimension) for dimension in _cut(tensor))
+
+
+def over_all(tensor: Tensor, value: Tensor, how: str) -> Tensor:
+    """The sum or maximum (``how``) of a value over all who hold a part of a tensor; the value itself where it is whole."""
+    return over_shards(tensor)(value, how) if is_sharded(tensor) else value
+
+
+def over_shards(tensor: Tensor) -> Reduce:
+    """Combines a value over all who hold a part of a sharded tensor."""
+    groups = [tensor.device_mesh.get_group(dimension) for dimension in _cut(tensor)]
+
+    def combined(value: Tensor, how: str) -> Tensor:
+        value = value.clone()
+        for group in groups:
+            dist.all_reduce(value, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX, group)
+        return value
+
+    return combined
+
+
+def _cut(tensor: Tensor) -> list[int]:
+    """The dimensions of the processes' mesh over which a tensor is cut."""
+    return [dimension for dimension, placement in enumerate(tensor.placements) if placement.is_shard()]

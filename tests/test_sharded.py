@@ -1,0 +1,33 @@
+"""Networks that FSDP2 shards over processes: trained, saved and continued as in one piece."""
+
+import os
+import subprocess
+import sys
+
+from conftest import PATIENCE, ROOT
+
+import quantize
+
+
+def in_processes(count: int, *arguments: object) -> set[str]:
+    """What sharded_worker.py did: the modes that it went through, without a difference."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        count,
+        ROOT / "tests" / "sharded_worker.py",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, (*command, *arguments))], capture_output=True, text=True, timeout=PATIENCE, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line.split()[0] for line in done.stdout.splitlines()}
+
+
+def test_shards_train_as_the_whole_and_two_processes_continue_as_three(tmp_path):
+    """Float64, 20 steps, in each mode and quantizer; see sharded_worker.py, which compares and raises."""
+    sums_suffice = {name for name, mode in quantize.MODES.items() if not mode.quantizer.gathers and mode.drawn is None}
+    assert in_processes(2, tmp_path, "save") == sums_suffice
+    assert in_processes(3, tmp_path, "load") == sums_suffice
