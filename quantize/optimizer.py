@@ -158,6 +158,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             projection.hold(float(value))
         self._show()
 
+    @torch.compiler.disable  # in a compiled training step this is where the graph ends: the work is in place, piece by piece
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step of the base optimizer on the latent weights, with the mode's projection and clip, see the package's table.

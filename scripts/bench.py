@@ -1,6 +1,7 @@
 """Measures a training step against the conventional pipeline and against the floor, all in one interleaved run.
 
-    python scripts/bench.py [--task images|text] [--device auto|cpu|cuda] [--quick] [--compile] [--packed] [--json FILE]
+    python scripts/bench.py [--task images|text] [--device auto|cpu|cuda] [--quick] [--compile] [--json FILE]
+    python scripts/bench.py --packed | --projection [--largest M] [--json FILE]
 
 conventional: a DataLoader with torchvision's per-image transforms, float32 in NCHW, many small kernels in the projection.
 ours:         what main_binary_reg.py does, per mode and precision.
@@ -26,6 +27,7 @@ from benchmark import language
 from benchmark.contenders import STRENGTH, Setting, Step, conventional, floor, interleaved, ours
 from benchmark.packed import report_packed
 from benchmark.processes import ONLY, compiling_seconds, peak_memory, rate_together
+from benchmark.projection import report_projection
 
 import quantize
 import utils
@@ -212,6 +214,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer steps: under two minutes on two cores")
     parser.add_argument("--compile", action="store_true", help="also measure compiled networks (compiling takes a minute or two)")
     parser.add_argument("--packed", action="store_true", help="only packed networks beside float ones: size, loading, memory, time")
+    parser.add_argument("--projection", action="store_true", help="only the projection, by mode and by the size of the network")
+    parser.add_argument("--largest", type=float, default=170.0, metavar="M", help="of --projection: million weights (default: 170)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     parser.add_argument("--precision", default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=ONLY, help=argparse.SUPPRESS)
@@ -228,6 +232,11 @@ def main() -> None:
     print(f"{name}; torch {torch.__version__}; auto precision is {auto}")
 
     rounds, block, count = (4, 2, 6) if args.quick else (12, 4, 20)
+    if args.projection:
+        found["projection"] = report_projection(device, count, args.largest)
+        if args.json:
+            args.json.write_text(json.dumps(found, indent=2) + "\n")
+        return
     if args.packed:
         found["packed"] = report_packed(Setting(device, "fp32"), count)
         if args.json:

@@ -9,4 +9,6 @@ if "$PYTHON" -m ruff --version > /dev/null 2>&1; then
 else
     echo "ruff is not installed for $PYTHON: the code's form is not checked"
 fi
+# One thread in each of the two workers: threads of several processes on the same cores wait for each other most of the time.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PYTHON" -m pytest -q -n 2 "$@"

@@ -35,7 +35,7 @@ def run_main(*arguments: object, cwd: Path = ROOT, check: int | None = 0, timeou
     """Runs the script as a user does; fails the test if the exit status is not ``check``."""
     command = [sys.executable, str(MAIN), *map(str, arguments)]
     done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "2"}
+        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     if check is not None:
         assert done.returncode == check, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"

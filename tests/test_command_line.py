@@ -236,7 +236,7 @@ def test_an_interrupted_run_continues_to_the_same_end(place, number, epoch):
     mark = place["results"] / f"waits_for_{number.name}"
     command = [sys.executable, str(ROOT / "tests" / "waiting.py"), str(mark), str(epoch), "3"]
     command += map(str, arguments(place, *options, "--save", broken.name))
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     until(mark.exists, process)
     process.send_signal(number)
     printed = process.communicate(timeout=PATIENCE)[0]

@@ -154,7 +154,7 @@ def test_the_scripts_file_is_evaluated_and_trained_on(tmp_path, tiny_data, capsy
     file = tmp_path / "binary.safetensors"
     command = [sys.executable, ROOT / "scripts" / "export.py", "network.pth.tar", "--out", file]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "2"}
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert (done.returncode, done.stderr) == (0, "")
     stated = int(re.search(r"(\d+) KB", (ROOT / "scripts" / "quickstart.sh").read_text())[1])

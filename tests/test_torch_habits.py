@@ -554,3 +554,22 @@ def test_a_state_is_read_back_as_plain_values():
     buffer.seek(0)
     content = torch.load(buffer, weights_only=True)
     assert set(quantize.levels_in(content)) == set(optimizer.levels)
+
+
+@pytest.mark.parametrize("mode_name", ["prox", "lazy", "prox_ternary"])
+def test_a_compiled_training_step_is_the_plain_one(mode_name):
+    model, optimizer = started(mode_name, count=1)
+    other, plain = started(mode_name, count=1)
+
+    def step(number):
+        images, labels = batch(number)
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+    compiled = torch.compile(step, backend="eager")
+    for number in range(1, 4):
+        compiled(number)
+    steps(other, plain, 1, 4)
+    for (name, value), given in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, given, rtol=1e-10, atol=1e-10, msg=name)
