@@ -151,6 +151,7 @@ def test_captured_steps_are_the_plain_ones(mode, kind):
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10, msg=lambda words, name=name: f"{name}: {words}")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.name)
 @pytest.mark.parametrize("kind", ["Adam", "SGD"])
@@ -209,6 +210,7 @@ def test_a_captured_run_trains_as_a_plain_one_and_continues(tiny_data, tmp_path,
     assert [row["strength"] for row in found["captured"]["history"]] == [0.0, 0.5, 1.0, 0.0]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("compiled", ["on", "off"])
 def test_a_captured_run_on_a_gpu(tiny_data, tmp_path, compiled):

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import PATIENCE, ROOT, until
 
 import data
@@ -217,10 +219,30 @@ def test_an_interrupt_ends_the_children(tmp_path, number):
             os.kill(child, 0)
 
 
-def test_a_short_soak(tiny_data):
+def test_the_check_of_a_gpu_goes_on_after_what_takes_too_long(tiny_data, tmp_path):
+    """Here without a GPU, with what is quick."""
+    command = [ROOT / "scripts" / "gpu_check.sh", "--out", tmp_path, "--parts", "bench,capture,repeat", "--limits", "bench=1"]
+    command += ["--dataset", "cifar10", "--data_dir", tiny_data]
+    settings = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=settings)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stdout.startswith("no GPU here")
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    ended = {name: row["ended"] for name, row in found["parts"].items()}
+    assert ended == {"bench": "over 1 s", "capture": "left out: needs a GPU", "repeat": "passed"}
+    assert found["machine"]["gpus"] == []
+    assert all(words in done.stdout for words in ended.values())
+    one, other = tmp_path / "repeat-1", tmp_path / "repeat-2"
+    content = torch.load(other / "checkpoint.pth.tar", weights_only=True)
+    next(iter(content["state_dict"].values())).add_(1)
+    torch.save(content, other / "checkpoint.pth.tar")
+    again = [sys.executable, ROOT / "scripts" / "gpu_check.py", "--compare", one, other]
+    assert subprocess.run(again, capture_output=True, timeout=PATIENCE).returncode == 1
+
+
+def test_a_short_soak():
     """Runs killed at random moments end as undisturbed ones do; scripts/soak.py does this at length."""
-    command = [sys.executable, ROOT / "scripts" / "soak.py", "--kills", "3", "--kinds", "lazy", "--seed", "7"]
-    command += ["--dataset", "cifar10", "--data_dir", tiny_data, "--epochs", "15", "--batch-size", "10"]
+    command = [sys.executable, ROOT / "scripts" / "soak.py", "--small", "--kills", "3", "--kinds", "lazy", "--seed", "7"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 kills" in done.stdout.splitlines()[-1]
