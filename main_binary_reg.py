@@ -138,10 +138,13 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
                 try:
                     row = train_epoch(job, state)
                 except loops.Interrupted as interruption:
-                    run.save_checkpoint(state.checkpoint(args))
                     named = "" if args.save else f" with --save {run.folder.name}"
                     words = f"saved after step {state.step}: the same command{named} continues"
-                    log.info(f"{interruption} in epoch {state.epoch + 1}, {words}")
+                    content = state.checkpoint(args)
+                    log.info(
+                        f"{interruption} in epoch {state.epoch + 1}, {words}"
+                    )  # before it is saved: the log is kept up to there
+                    run.save_checkpoint(content)
                     raise
                 finish_epoch(job, state, row, board)
         log.info(f"{run.folder}: done, {task.best_in_words(state.best, state.history[-1])}")

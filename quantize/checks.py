@@ -36,6 +36,10 @@ def groups_of(named_parameters: Any, mode: ProjectionMode | None) -> list[tuple[
 def check(base_optimizer: Any, groups: Sequence[tuple[Named, ProjectionMode]], capturable: bool) -> None:
     if not isinstance(base_optimizer, torch.optim.Optimizer):
         raise TypeError(f"the base optimizer is a {type(base_optimizer).__name__}: one of torch.optim is needed")
+    if hasattr(base_optimizer, "base_optimizer"):
+        raise TypeError(
+            "the base optimizer is wrapped already: several modes are one wrapper, ProjectedOptimizer(base, [(pairs, mode), ...])"
+        )
     if isinstance(base_optimizer, torch.optim.LBFGS):
         raise ValueError(
             "LBFGS cannot be wrapped: it evaluates its closure several times in a step, and the projection belongs between"

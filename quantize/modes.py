@@ -26,6 +26,7 @@ class Schedule:
         default_rate: where the user gives none; None where there is no sensible one.
         scaled_by_lr: True where each step's pull has the strength lr * strength.
         every_step: True where the share matters, so that the strength changes at each step.
+        largest: strength that makes sense.
     """
 
     at: Callable[[float, int, float], float]
@@ -33,6 +34,7 @@ class Schedule:
     default_rate: float | None = 1.0
     scaled_by_lr: bool = False
     every_step: bool = False
+    largest: float = math.inf
 
 
 def _rate(rate: float, epoch: int, share: float) -> float:
@@ -61,7 +63,7 @@ def _relaxing(rate: float, epoch: int, share: float) -> float:
 PROXQUANT = Schedule(_growing, "reg_rate", default_rate=None, scaled_by_lr=True)
 CONSTANT = Schedule(_rate, "binary_reg")
 GROWING = Schedule(_growing, "reg_rate", default_rate=None)
-SLOPE = Schedule(_parq_slope, every_step=True)
+SLOPE = Schedule(_parq_slope, every_step=True, largest=1.0)
 RELAXING = Schedule(_relaxing, every_step=True)
 NONE = Schedule(_rate)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -69,14 +69,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     @base_optimizer.setter
     def base_optimizer(self, base_optimizer: torch.optim.Optimizer) -> None:
-        if not self.frozen:
-            held = {id(parameter) for group in base_optimizer.param_groups for parameter in group["params"]}
-            missing = [name for name, parameter in self._named() if id(parameter) not in held]
-            if missing:
-                raise ValueError(
-                    f"the base optimizer does not hold the parameter {missing[0]!r}, which is to be quantized: give it to the "
-                    "optimizer too, or set its requires_grad to False, or leave it out of the pairs"
-                )
+        self._require({id(parameter) for group in base_optimizer.param_groups for parameter in group["params"]})
         self._base_optimizer = base_optimizer
         if self.frozen:
             self._keep_frozen_out()
@@ -150,9 +143,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(self._projections)
         if len(strengths) != len(self._projections):
             raise ValueError(f"{len(strengths)} strengths for {len(self._projections)} modes")
-        for value in strengths:
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"the strength of a projection is a finite number >= 0, not {value}")
+        for value, mode in zip(strengths, self.modes, strict=True):
+            if not (math.isfinite(value) and 0 <= value <= mode.schedule.largest):
+                most = "" if math.isinf(mode.schedule.largest) else f" and <= {mode.schedule.largest:g}"
+                raise ValueError(f"the strength of a projection by {mode.name} is a finite number >= 0{most}, not {value}")
         self._take_over()
         for projection, value in zip(self._projections, strengths, strict=True):
             projection.hold(float(value))
@@ -176,8 +170,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._base_optimizer.step()
             return loss
         rates = self._rates()
+        ascending = {id(p) for group in self.param_groups if group.get("maximize") for p in group["params"]}
         for projection in self._projections:
-            projection.before_step(rates)
+            projection.before_step(rates, ascending)
         self._base_optimizer.step()
         for projection in self._projections:
             projection.after_step(rates)
@@ -239,8 +234,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             return
         with torch.no_grad():
             self._check_finite()
-            hidden = [[parameter.detach().clone() for parameter in one.parameters] for one in self._projections]
             rates = self._rates()
+            written = [projection.written(rates) for projection in self._projections]
+            hidden = [[parameter.detach().clone() for parameter in one.parameters] for one in self._projections]
             for projection in self._projections:
                 projection.hard_quantize(projection.parameters, rates)
             self._hidden = hidden
@@ -249,8 +245,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             yield
         finally:
             with torch.no_grad():
-                for projection, weights in zip(self._projections, self._hidden, strict=True):
-                    projection.put(weights)
+                for projection, weights, by_others in zip(self._projections, self._hidden, written, strict=True):
+                    projection.put(weights, by_others)
                 self._hidden = None
             torch.clear_autocast_cache()
 
@@ -280,7 +276,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """Everything that the next step depends on, but for the model's own weights, in the layout of every torch optimizer.
 
         Latent weights and learned levels are among each parameter's state (``latent``, ``levels``), what holds for all in each
-        parameter group (``projection``: mode, strength, draws, frozen, one after the other where there are several modes).
+        parameter group (``projection_modes``, ``_quantizers``, ``_strengths``, ``_draws``, ``_frozen`` and ``_names``).
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -293,7 +289,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a ``state_dict``, whole or not at all. The model's weights are the model's to load, before or after.
+        """Takes over a ``state_dict``, whole or not at all. The model's weights are the model's to load, before or right after.
 
         Raises:
             ValueError: if it is of another mode or other parameters, of a run not yet frozen while this one is, or of an optimizer
@@ -326,6 +322,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_while_quantized("a copy")
         # Without hooks, as torch's optimizers, and without a scheduler's patch of step.
         kept = ("modes", "frozen", "_projections", "_hidden", "_base_optimizer")
         return {name: self.__dict__[name] for name in kept}
@@ -346,7 +343,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _rates(self) -> dict[int, float | Tensor]:
         """The learning rate of each parameter, by its identity."""
-        return {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
+        rates = {id(parameter): group["lr"] for group in self.param_groups for parameter in group["params"]}
+        self._require(rates)
+        return rates
+
+    def _require(self, held: Container[int]) -> None:
+        missing = [name for name, parameter in self._named() if id(parameter) not in held] if not self.frozen else []
+        if missing:
+            raise ValueError(
+                f"the base optimizer does not hold the parameter {missing[0]!r}, which is to be quantized: give it to the "
+                "optimizer too, or set its requires_grad to False, or leave it out of the pairs"
+            )
 
     def _take_over(self) -> None:
         """Weights that were written into the model from outside become the latent ones."""

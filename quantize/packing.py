@@ -25,7 +25,7 @@ VERSION = 1
 KEY = "proxquant"  # of the table in the container's metadata
 
 # Values that a tensor has in the modes whose quantizer is fixed; a further one is an error there and no reason for more bits.
-VALUES = {"lazy": 2, "prox": 2, "stoch_bin": 2, "prox_median": 2, "prox_ternary": 3, "ttq": 3}
+VALUES = {"lazy": 2, "prox": 2, "stoch_bin": 2, "prox_ternary": 3, "ttq": 3}
 
 # Arrays that the container may hold: their type there, and torch's.
 _ARRAYS = {

@@ -46,12 +46,13 @@ class Projection:
         self.draws = 0
         self._capturable, self._seed = capturable, seed
         self._strength_on: dict[torch.device, Tensor] = {}
+        self._shown_at: Rates = {}
         self._arrange()
         self._note_shown()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._note_shown()  # a copy's parameters lie elsewhere
+        self._shown_marks = [None] * len(self._shown_marks)  # a copy's parameters lie elsewhere: their content is looked at
 
     def hold(self, strength: float) -> None:
         """Takes a new strength."""
@@ -61,15 +62,18 @@ class Projection:
 
     # Around a step.
 
-    def before_step(self, rates: Rates) -> None:
-        """Puts the latent weights, with their gradients, in the place of those that the model shows."""
+    def before_step(self, rates: Rates, ascending: set[int]) -> None:
+        """Puts the latent weights, with their gradients, in the place of those that the model shows.
+
+        ``ascending``: identities of the parameters whose base optimizer maximizes.
+        """
         self._follow()
         if not self.mode.lazy:
             return
         if not self._capturable:
             self.take_over(rates)
         if self.levels:
-            self._pull_gradients_back(rates)
+            self._pull_gradients_back(rates, ascending)
         copy(self.latent, self.parameters)
 
     def after_step(self, rates: Rates) -> None:
@@ -87,6 +91,7 @@ class Projection:
                 if self.mode.quantizer.clips:
                     _clip(x)
             block.write(x, self.parameters)
+        self._shown_at = rates
         self._note_shown()
 
     def show(self, rates: Rates) -> None:
@@ -94,6 +99,7 @@ class Projection:
         if self.mode.lazy:
             self._follow()
             self._pulled_into(self.parameters, rates)
+            self._shown_at = rates
             self._note_shown()
 
     def _pulled_into(self, places: Sequence[Tensor], rates: Rates) -> None:
@@ -133,7 +139,7 @@ class Projection:
             return torch.Generator(x.pieces[0].device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return None
 
-    def _pull_gradients_back(self, rates: Rates) -> None:
+    def _pull_gradients_back(self, rates: Rates, ascending: set[int]) -> None:
         """Gradients at the shown weights become those at the latent ones, and learned levels make their gradient step."""
         quantizer = self.mode.quantizer
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
@@ -146,7 +152,8 @@ class Projection:
                 g.copy_(quantizer.pull_back(g, w, fitted))
             block.write(gradient, gradients)
             for index, step in zip(block.indices, torch.stack([gradient.by_tensor(one) for one in sums], -1), strict=True):
-                self.levels[index].sub_(rates[id(self.parameters[index])] * step)
+                parameter = id(self.parameters[index])
+                self.levels[index].sub_(rates[parameter] * (-step if parameter in ascending else step))
 
     # Hard quantization.
 
@@ -197,10 +204,17 @@ class Projection:
             for index in self._changed(rates):
                 self.latent[index].copy_(self.parameters[index])
 
-    def put(self, weights: Sequence[Tensor]) -> None:
-        """Puts the shown weights back into the model that they were taken from."""
+    def written(self, rates: Rates) -> set[int]:
+        """The numbers of the parameters that somebody else has written since."""
+        self._follow()
+        return self._changed(rates) if self.mode.lazy else set()
+
+    def put(self, weights: Sequence[Tensor], written: set[int]) -> None:
+        """Puts the shown weights back into the model that they were taken from, some of which were ``written`` by others."""
         copy(weights, self.parameters)
         self._note_shown()
+        for index in written:
+            self._shown_marks[index] = None
 
     def _changed(self, rates: Rates) -> set[int]:
         """Which parameters no longer hold what they were made to show."""
@@ -241,15 +255,20 @@ class Projection:
         if self._forms == self._forms_of(self.parameters):
             return
         if self.mode.lazy:
-            self.latent = [
-                torch.empty_like(p).copy_(w) if (w.dtype, w.device) != (p.dtype, p.device) else w
-                for p, w in zip(self.parameters, self.latent, strict=True)
-            ]
+            # What the model showed before it was moved or cast, which may round differently afterwards.
+            shown = [torch.empty_like(weight) for weight in self.latent]
+            self._pulled_into(shown, self._shown_at)
+            pairs = zip(shown, self.parameters, strict=True)
+            written = {i for i, (before, p) in enumerate(pairs) if not torch.equal(local(before.to(p)), local(p.detach()))}
+            self.latent = [torch.empty_like(p).copy_(w) for p, w in zip(self.parameters, self.latent, strict=True)]
         self.levels = [
             level.to(device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
             for p, level in zip(self.parameters, self.levels, strict=bool(self.levels))
         ]
         self._arrange()
+        self._note_shown()
+        for index in written if self.mode.lazy else ():
+            self._shown_marks[index] = None
 
     @staticmethod
     def _forms_of(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:

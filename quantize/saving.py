@@ -11,7 +11,8 @@ from quantize.projection import Projection
 _LATENT, _LEVELS = "latent", "levels"
 _MODES, _STRENGTHS, _DRAWS, _FROZEN = "projection_modes", "projection_strengths", "projection_draws", "projection_frozen"
 _NAMES = "projection_names"  # of the parameters with latent weights of their own, with their numbers in the state
-_OF_GROUPS = (_MODES, _STRENGTHS, _DRAWS, _FROZEN, _NAMES)
+_QUANTIZERS = "projection_quantizers"
+_OF_GROUPS = (_MODES, _QUANTIZERS, _STRENGTHS, _DRAWS, _FROZEN, _NAMES)
 _WRAPPED_NAMES = ("_orig_mod", "module", "_fsdp_wrapped_module")  # put before the names by torch.compile, DDP and FSDP
 
 
@@ -54,6 +55,7 @@ def to_torch(
                 state.setdefault(index_of[id(parameter)], {}).update(own)
     common = {
         _MODES: ",".join(projection.mode.name for projection in projections),
+        _QUANTIZERS: [projection.mode.shown.in_words for projection in projections],
         _STRENGTHS: [projection.strength for projection in projections],
         _DRAWS: [projection.draws for projection in projections],
         _FROZEN: frozen,
@@ -78,7 +80,13 @@ def from_torch(
     common = groups[0]
     if _MODES not in common:
         raise ValueError("the state is of an optimizer that was not wrapped: base_optimizer.load_state_dict() takes it over")
+    for key in _OF_GROUPS[:-1]:
+        if key not in common:
+            raise ValueError(f"the state is not whole: its parameter groups lack {key}")
     _compare_modes(common[_MODES], common[_FROZEN], projections, frozen)
+    theirs, ours = common[_QUANTIZERS], [projection.mode.shown.in_words for projection in projections]
+    if theirs != ours:
+        raise ValueError(f"the state is of the quantizer {', '.join(theirs)}, this optimizer is of {', '.join(ours)}")
     state = {index: dict(entry) for index, entry in content["state"].items()}
     found = []
     key_of = {} if common[_FROZEN] else _keys(groups, param_groups)

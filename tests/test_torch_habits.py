@@ -573,3 +573,87 @@ def test_a_compiled_training_step_is_the_plain_one(mode_name):
     steps(other, plain, 1, 4)
     for (name, value), given in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
         torch.testing.assert_close(value, given, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("mode_name", LAZY)
+def test_written_weights_outlive_a_validation_and_a_copy(mode_name):
+    for way in ("validated", "copied", "pickled"):
+        model, optimizer = started(mode_name)
+        other = {name: value * 0.7 if value.is_floating_point() else value for name, value in network().state_dict().items()}
+        model.load_state_dict(other)
+        if way == "validated":
+            with optimizer.hard_quantized():
+                pass
+        elif way == "copied":
+            model, optimizer = copy.deepcopy((model, optimizer))
+        else:
+            model, optimizer = pickle.loads(pickle.dumps((model, optimizer)))
+        for name, weight in optimizer.latent.items():
+            assert torch.equal(weight, other[name]), (way, name)
+
+
+CASTS = {
+    "float": lambda model: model.float(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "channels_last": lambda model: model.to(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("words", CASTS)
+@pytest.mark.parametrize("mode_name", LAZY)
+def test_a_cast_keeps_the_latent_weights(mode_name, words, monkeypatch):
+    for small in (2**16, 0):  # side by side, and where each tensor is large
+        monkeypatch.setitem(quantize.blocks.SMALL, "cpu", small)
+        model, optimizer = started(mode_name)
+        latent = {name: weight.clone() for name, weight in optimizer.latent.items()}
+        CASTS[words](model)
+        for name, weight in optimizer.latent.items():
+            assert torch.equal(weight, latent[name].to(weight.dtype)), name
+        optimizer.base_optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        for name, weight in optimizer.latent.items():
+            assert torch.equal(weight, latent[name].to(weight.dtype)), name
+
+
+def test_learned_levels_follow_an_optimizer_that_maximizes():
+    found = []
+    for sign in (1, -1):
+        model = network()
+        mode = quantize.MODES["ttq"]
+        base = torch.optim.SGD(model.parameters(), lr=0.1, maximize=sign < 0)
+        optimizer = quantize.ProjectedOptimizer(base, mode.select(model), mode)
+        for step in range(4):
+            optimizer.zero_grad()
+            images, labels = batch(step)
+            (sign * F.cross_entropy(model(images), labels)).backward()
+            optimizer.step()
+        found.append((optimizer.levels["3.weight"], optimizer.latent["3.weight"]))
+    for least, most in zip(*found, strict=True):
+        torch.testing.assert_close(least, most, rtol=1e-10, atol=1e-12)
+
+
+def test_what_cannot_be_is_said():
+    _, optimizer = started("parq")
+    with pytest.raises(ValueError, match="<= 1"):
+        optimizer.set_strength(7.0)
+    with optimizer.hard_quantized(), pytest.raises(RuntimeError, match="hard_quantized"):
+        copy.deepcopy(optimizer)
+    model, inner = started("prox")
+    with pytest.raises(TypeError, match="wrapped already"):
+        wrap(model, "lazy", inner)
+    inner.param_groups[0]["params"] = inner.param_groups[0]["params"][1:]
+    with pytest.raises(ValueError, match=r"does not hold the parameter '0\.weight'"):
+        inner.step()
+    two = network()
+    mode = quantize.mode("lazy_alt", bits=2)
+    of_two = quantize.ProjectedOptimizer(torch.optim.SGD(two.parameters(), lr=0.1), mode.select(two), mode)
+    three = quantize.mode("lazy_alt", bits=3)
+    of_three = quantize.ProjectedOptimizer(torch.optim.SGD(two.parameters(), lr=0.1), three.select(two), three)
+    with pytest.raises(ValueError, match="2 bits, this optimizer is of alternating, 3 bits"):
+        of_three.load_state_dict(of_two.state_dict())
+    broken = of_two.state_dict()
+    broken["param_groups"][0].pop("projection_draws")
+    with pytest.raises(ValueError, match="projection_draws"):
+        of_two.load_state_dict(broken)

@@ -57,11 +57,11 @@ def describe(job: Job, state: State) -> None:
         count = sum(weight.numel() for weight in latent.values())
         mode = args.mode
         log.info(
-            f"mode: {mode.name} ({mode.title}), quantizer {mode.quantizer.in_words}, "
+            f"mode: {mode.name} ({mode.title}), quantizer {mode.shown.in_words}, "
             f"{count:,} weights in {len(latent)} tensors ({count / parameters:.1%})"
         )
         for name, reason in quantize.reasons(state.model, mode).items():
-            log.debug(f"{name}: {reason}")
+            log.debug(f"{name}: {'quantized' if name in latent else reason}")
 
 
 def facts_of_training(args: Namespace, sets: data.Data, regime: regimes.Regime, state: State) -> dict[str, Any]:
@@ -190,7 +190,8 @@ def check_strength(args: Namespace, regime: regimes.Regime) -> None:
         strength = strength_in(epoch, args, regime)
         if not math.isfinite(strength * max(1.0, regimes.settings_at(regime, epoch)["lr"])):
             raise UsageError(
-                f"--reg_rate {args.rate:g}: the strength in epoch {epoch + 1} is not a finite number; take a smaller one"
+                f"--{args.mode.schedule.flag} {args.rate:g}: the strength in epoch {epoch + 1} is not a finite number; "
+                "take a smaller one"
             )
 
 
