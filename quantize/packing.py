@@ -5,6 +5,7 @@ header with an entry for each would be a fifth of a small network's file. Readin
 nothing on trust: a file that is damaged, or was made to do harm, is refused before anything of the size that it claims is made.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -394,13 +395,12 @@ def _parse(text: str | bytes, words: str) -> Any:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
+    """The whole file or none of it, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
+    with contextlib.ExitStack() as clean_up:
+        clean_up.callback(temporary.unlink, missing_ok=True)
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+            os.fsync(file)
+        temporary.replace(path)
