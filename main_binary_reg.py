@@ -141,9 +141,8 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
                     named = "" if args.save else f" with --save {run.folder.name}"
                     words = f"saved after step {state.step}: the same command{named} continues"
                     content = state.checkpoint(args)
-                    log.info(
-                        f"{interruption} in epoch {state.epoch + 1}, {words}"
-                    )  # before it is saved: the log is kept up to there
+                    # Before it is saved: a continuation keeps the log up to there.
+                    log.info(f"{interruption} in epoch {state.epoch + 1}, {words}")
                     run.save_checkpoint(content)
                     raise
                 finish_epoch(job, state, row, board)

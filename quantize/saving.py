@@ -99,13 +99,11 @@ def from_torch(
             if projection.levels and not common[_FROZEN]:
                 levels.append(_fitting(entry.get(_LEVELS), projection.levels[0], f"levels of {name}"))
         found.append(Content(common[_STRENGTHS][number], common[_DRAWS][number], latent, levels))
-    stripped = {
-        index: {key: value for key, value in entry.items() if key not in (_LATENT, _LEVELS)} for index, entry in state.items()
-    }
+    stripped = {index: _without(entry, (_LATENT, _LEVELS)) for index, entry in state.items()}
     base = {
         **content,
         "state": {index: entry for index, entry in stripped.items() if entry},
-        "param_groups": [{key: value for key, value in group.items() if key not in _OF_GROUPS} for group in groups],
+        "param_groups": [_without(group, _OF_GROUPS) for group in groups],
     }
     return Found(common[_FROZEN], base, found)
 
