@@ -3,7 +3,7 @@
 #   SEEDS="0 1 2 3"    seeds, each a run of its own: results/NAME_run_SEED, its output in results/NAME_run_SEED.out
 #   GPUS="0 1 2 3"     GPUs to use (default: all there are); without a GPU the seeds run one after another on the CPU
 #   RUNS_PER_GPU=1     runs at a time on each GPU, or on the CPU; each has its share of the cores (OMP_NUM_THREADS, unless given)
-#   SCHEDULE=short     the published schedule's shape at a 25th of its length (SHORTER=25), in results/short
+#   SCHEDULE=short     the published schedule's shape at a 25th of its length (SHORTER=25), in results/short; SHORTER=N alone means it
 #   RESULTS_DIR, TB_DIR, DATASET, DATA_DIR, EXTRA (further arguments, e.g. EXTRA="--precision fp32")
 #
 # What is trained follows from METHOD, REGIME and these, all explained in train-cifar10.sh and study.py, which names the runs too:
@@ -14,9 +14,13 @@
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 make_environment requirements.txt
 
+SCHEDULE=${SCHEDULE:-${SHORTER:+short}}
 SCHEDULE=${SCHEDULE:-published}
 case $SCHEDULE in
-    published) SHORTER=1 RESULTS_DIR=${RESULTS_DIR:-results} TB_DIR=${TB_DIR:-tb} ;;
+    published)
+        [ "${SHORTER:-1}" = 1 ] || fail "SHORTER=$SHORTER: SCHEDULE=short is needed with it, not published"
+        SHORTER=1 RESULTS_DIR=${RESULTS_DIR:-results} TB_DIR=${TB_DIR:-tb}
+        ;;
     short) SHORTER=${SHORTER:-25} RESULTS_DIR=${RESULTS_DIR:-results/short} TB_DIR=${TB_DIR:-tb/short} ;;
     *) fail "SCHEDULE=$SCHEDULE: published or short is needed" ;;
 esac

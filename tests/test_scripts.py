@@ -487,6 +487,20 @@ def test_nothing_starts_from_a_network_that_is_half_trained(tmp_path):
     assert "--resume" not in calls
 
 
+@pytest.mark.parametrize(("schedule", "epochs"), [({}, "12"), ({"SCHEDULE": "short"}, "12"), ({"SCHEDULE": "published"}, None)])
+def test_shorter_is_never_passed_over(tmp_path, schedule, epochs):
+    """Given alone it used to train at the full length."""
+    settings = {**WHOLE, "SHORTER": "25", "SEEDS": "0", "RESUME": str(tmp_path), **schedule}
+    python = fake_python(tmp_path, 'echo "$*" >> "$TB_DIR.calls"')
+    done = run("train-cifar10-binaryconnect.sh", env=environment(tmp_path, tmp_path, PYTHON=python, **settings))
+    calls = tmp_path / "tb.calls"
+    if epochs is None:
+        assert (done.returncode, calls.exists()) == (2, False)
+        assert "SHORTER=25" in done.stderr
+    else:
+        assert f"--epochs {epochs} " in calls.read_text()
+
+
 @pytest.mark.parametrize(("slots", "length"), [(1, 12), (2, 6), (3, 5), (4, 5)])
 def test_how_long_runs_take_side_by_side(slots, length):
     """Runs of 5, 2, 0, 4 and 1 epochs, each begun when a slot is free."""
