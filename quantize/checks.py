@@ -1,5 +1,6 @@
 """What a wrapped optimizer may be given: looked at before anything is wrapped, and said in words."""
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -31,6 +32,18 @@ def groups_of(named_parameters: Any, mode: ProjectionMode | None) -> list[tuple[
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
                 raise TypeError(f"(name, parameter) pairs are needed, as mode.select(model) gives them, not {type(pair).__name__}")
     return [([(name, parameter) for name, parameter in pairs if parameter.requires_grad], one) for pairs, one in groups]
+
+
+def strength_of(value: Any, mode: ProjectionMode) -> float:
+    """A strength as a number; raises ValueError where it is none that the mode could have."""
+    try:
+        strength = float(value)
+    except (TypeError, ValueError):
+        strength = math.nan
+    if not (math.isfinite(strength) and 0 <= strength <= mode.schedule.largest):
+        most = "" if math.isinf(mode.schedule.largest) else f" and <= {mode.schedule.largest:g}"
+        raise ValueError(f"the strength of a projection by {mode.name} is a finite number >= 0{most}, not {value}")
+    return strength
 
 
 def check(base_optimizer: Any, groups: Sequence[tuple[Named, ProjectionMode]], capturable: bool) -> None:

@@ -1,6 +1,5 @@
 """The wrapped optimizer: any torch optimizer, with a projection around each of its steps."""
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize import saving
-from quantize.checks import Pairs, check, groups_of
+from quantize.checks import Pairs, check, groups_of, strength_of
 from quantize.modes import ProjectionMode
 from quantize.projection import Projection
 
@@ -140,22 +139,21 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             ValueError: if a strength is negative or not finite.
         """
         self._refuse_while_quantized("set_strength()")
-        strengths = list(strength) if isinstance(strength, Sequence) else [strength] * len(self._projections)
+        strengths = list(strength) if isinstance(strength, list | tuple) else [strength] * len(self._projections)
         if len(strengths) != len(self._projections):
             raise ValueError(f"{len(strengths)} strengths for {len(self._projections)} modes")
-        for value, mode in zip(strengths, self.modes, strict=True):
-            if not (math.isfinite(value) and 0 <= value <= mode.schedule.largest):
-                most = "" if math.isinf(mode.schedule.largest) else f" and <= {mode.schedule.largest:g}"
-                raise ValueError(f"the strength of a projection by {mode.name} is a finite number >= 0{most}, not {value}")
+        strengths = [strength_of(value, mode) for value, mode in zip(strengths, self.modes, strict=True)]
         self._take_over()
         for projection, value in zip(self._projections, strengths, strict=True):
-            projection.hold(float(value))
+            projection.hold(value)
         self._show()
 
     @torch.compiler.disable  # in a compiled training step this is where the graph ends: the work is in place, piece by piece
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step of the base optimizer on the latent weights, with the mode's projection and clip, see the package's table.
+
+        A step at learning rate 0 changes no weights and draws nothing: torch's distributed checkpoints make the state by one.
 
         Args:
             closure: evaluates the model and returns the loss, as in torch; called once, at the weights that the model shows.
@@ -170,12 +168,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._base_optimizer.step()
             return loss
         rates = self._rates()
+        for projection in self._projections:
+            projection.check_gradients()
         ascending = {id(p) for group in self.param_groups if group.get("maximize") for p in group["params"]}
         for projection in self._projections:
             projection.before_step(rates, ascending)
         self._base_optimizer.step()
         for projection in self._projections:
-            projection.after_step(rates)
+            projection.after_step(rates, at_rest=all(map(_is_zero, rates.values())))
         torch.clear_autocast_cache()
         return loss
 
@@ -202,7 +202,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     @property
     def levels(self) -> dict[str, Tensor]:
         """Learned levels by name, ``(2,)``: the positive and the negative one. Empty in modes that learn none."""
-        return {name: levels for one in self._projections for name, levels in one.levels_by_name(self.frozen).items()}
+        return {name: levels for one in self._projections for name, levels in one.levels_by_name().items()}
 
     @torch.no_grad()
     def quantized(self) -> dict[str, Tensor]:
@@ -330,6 +330,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._make_hooks()
+        for projection in self._projections if self.frozen else ():
+            projection.end()  # a copy of a parameter has lost its mark
 
     # Inside.
 
@@ -399,3 +401,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _refuse_while_quantized(self, call: str) -> None:
         if self._hidden is not None:
             raise RuntimeError(f"{call} inside hard_quantized(): the model does not show the weights in training there")
+
+
+def _is_zero(rate: float | Tensor) -> bool:
+    """Whether a learning rate is 0, as far as that is known without waiting for a device."""
+    return (not isinstance(rate, Tensor) or rate.device.type == "cpu") and float(rate) == 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quantize.blocks import Block, blocks_of, in_memory_order
 from quantize.groups import Groups, is_dense
 from quantize.modes import ProjectionMode
+from quantize.selectors import FROZEN_BY
 from quantize.shards import copy, is_sharded, local, over_all, part
 
 Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the parameter
@@ -47,6 +48,9 @@ class Projection:
         self._capturable, self._seed = capturable, seed
         self._strength_on: dict[torch.device, Tensor] = {}
         self._shown_at: Rates = {}
+        self._loaded_strength: float | None = None  # of a state that was loaded, until the next step
+        self._gradients: list[Tensor | None] = []  # during a step, where levels are learned: the user's, at the shown weights
+        self._held: dict[int, Tensor] = {}  # parameters that the user holds still: what they show, by number
         self._arrange()
         self._note_shown()
 
@@ -68,17 +72,26 @@ class Projection:
         ``ascending``: identities of the parameters whose base optimizer maximizes.
         """
         self._follow()
-        if not self.mode.lazy:
-            return
         if not self._capturable:
             self.take_over(rates)
+        self._note_held(rates)
+        if not self.mode.lazy:
+            return
         if self.levels:
+            self._gradients = [p.grad for p in self.parameters]
             self._pull_gradients_back(rates, ascending)
         copy(self.latent, self.parameters)
 
-    def after_step(self, rates: Rates) -> None:
-        """Clips and pulls the weights that the step has made."""
+    def after_step(self, rates: Rates, at_rest: bool) -> None:
+        """Clips and pulls the weights that the step has made; ``at_rest``: it has moved none."""
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=bool(self._gradients)):
+            parameter.grad = gradient
+        self._gradients = []
+        if at_rest:
+            self.show(rates)
+            return
         self.draws += 1
+        self._loaded_strength = None
         for number, block in enumerate(self._blocks):
             x = block.read(self.parameters)
             if self.mode.lazy:
@@ -91,13 +104,21 @@ class Projection:
                 if self.mode.quantizer.clips:
                     _clip(x)
             block.write(x, self.parameters)
+        self._put_held(self.parameters)
         self._shown_at = rates
         self._note_shown()
+
+    def check_gradients(self) -> None:
+        """Raises ValueError where a gradient cannot be told from the latent weights."""
+        for name, parameter in zip(self.names, self.parameters, strict=True) if self.levels else ():
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                raise ValueError(f"{name} has a sparse gradient, from which {self.mode.name} cannot learn levels: make it dense")
 
     def show(self, rates: Rates) -> None:
         """Puts the pulled weights into the model, in a lazy mode."""
         if self.mode.lazy:
             self._follow()
+            self._note_held(rates)
             self._pulled_into(self.parameters, rates)
             self._shown_at = rates
             self._note_shown()
@@ -108,6 +129,19 @@ class Projection:
             x = block.read(places)
             self._pull(number, block, x, rates)
             block.write(x, places)
+        self._put_held(places)
+
+    def _note_held(self, rates: Rates) -> None:
+        """Which parameters the user holds still, by ``requires_grad``: they show what they do until they are let go."""
+        held = {index for index, parameter in enumerate(self.parameters) if not parameter.requires_grad}
+        if self.mode.lazy and held == self._held.keys():
+            return
+        self.take_over(rates)
+        known = self._held if self.mode.lazy else {}
+        self._held = {i: known[i] if i in known else self.parameters[i].detach().clone() for i in held}
+
+    def _put_held(self, places: Sequence[Tensor]) -> None:
+        copy(list(self._held.values()), [places[index] for index in self._held])
 
     def _pull(self, number: int, block: Block, x: Groups, rates: Rates) -> None:
         strength = self._strength_of(block, x, rates)
@@ -142,7 +176,9 @@ class Projection:
     def _pull_gradients_back(self, rates: Rates, ascending: set[int]) -> None:
         """Gradients at the shown weights become those at the latent ones, and learned levels make their gradient step."""
         quantizer = self.mode.quantizer
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = None if parameter.grad is None else gradient
         for number, block in enumerate(self._blocks):
             latent, gradient = block.read(self.latent), block.read(gradients)
             fitted = quantizer.fit(latent, self._given("levels", number, block, latent))
@@ -203,6 +239,8 @@ class Projection:
         if self.mode.lazy:
             for index in self._changed(rates):
                 self.latent[index].copy_(self.parameters[index])
+                if index in self._held:
+                    self._held[index].copy_(self.parameters[index])
 
     def written(self, rates: Rates) -> set[int]:
         """The numbers of the parameters that somebody else has written since."""
@@ -221,9 +259,14 @@ class Projection:
         suspects = [i for i, mark in enumerate(self._marks()) if mark != self._shown_marks[i]]
         if not self._anywhere(bool(suspects)):
             return set()
-        expected = [torch.empty_like(weight) for weight in self.latent]
-        self._pulled_into(expected, rates)
-        return {i for i in suspects if not torch.equal(local(expected[i]), local(self.parameters[i].detach()))}
+        expected, now = [torch.empty_like(weight) for weight in self.latent], self.strength
+        # The model that belongs to a loaded state may come after another strength was set: it shows that state's.
+        for strength in {now, now if self._loaded_strength is None else self._loaded_strength}:
+            self.hold(strength)
+            self._pulled_into(expected, rates)
+            suspects = [i for i in suspects if not torch.equal(local(expected[i]), local(self.parameters[i].detach()))]
+        self.hold(now)
+        return set(suspects)
 
     def _anywhere(self, suspicion: bool) -> bool:
         """Whether one of those who hold parts of the parameters has a suspicion; all must then look, since looking takes sums."""
@@ -261,6 +304,7 @@ class Projection:
             pairs = zip(shown, self.parameters, strict=True)
             written = {i for i, (before, p) in enumerate(pairs) if not torch.equal(local(before.to(p)), local(p.detach()))}
             self.latent = [torch.empty_like(p).copy_(w) for p, w in zip(self.parameters, self.latent, strict=True)]
+            self._held = {index: torch.empty_like(self.parameters[index]).copy_(w) for index, w in self._held.items()}
         self.levels = [
             level.to(device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
             for p, level in zip(self.parameters, self.levels, strict=bool(self.levels))
@@ -277,14 +321,16 @@ class Projection:
     # The end of the projection, and loading.
 
     def end(self) -> None:
-        """Lets go of what only training needs."""
+        """Lets go of what only training needs, and marks the parameters as quantized for good."""
         self.latent = self.parameters
-        self._blocks = []
+        self._blocks, self._held = [], {}
         self._shown_marks = []
+        for parameter in self.parameters:
+            setattr(parameter, FROZEN_BY, self.mode.name)
 
-    def levels_by_name(self, frozen: bool) -> dict[str, Tensor]:
-        """Learned levels; once frozen they are the weights' own."""
-        if frozen and self.levels:
+    def levels_by_name(self) -> dict[str, Tensor]:
+        """Learned levels; the weights' own where a frozen state of before held none."""
+        if self.mode.quantizer.given == "levels" and not self.levels:
             return {name: _extremes(p.detach()) for name, p in zip(self.names, self.parameters, strict=True)}
         return dict(zip(self.names, self.levels, strict=False))
 
@@ -292,11 +338,16 @@ class Projection:
         """Takes over what a state holds; no latent weights or levels where there are none."""
         self._follow()
         self.hold(strength)
+        self._loaded_strength = strength
         self.draws = draws
         for mine, given in zip(self.latent if latent else (), latent, strict=True):
             mine.copy_(given)
-        for mine, given in zip(self.levels if levels else (), levels, strict=True):
+        self.levels = self.levels if levels else []
+        for mine, given in zip(self.levels, levels, strict=True):
             mine.copy_(given)
+        if latent:  # what is held still shows the loaded weights too
+            self._held = {}
+            self._pulled_into(self.parameters, self._shown_at)
 
 
 def _clip(x: Groups) -> None:

@@ -45,7 +45,7 @@ def piecewise_affine(w: Tensor, levels: Sequence[Tensor | float] | Tensor, slope
     moved = None
     for lower, upper in itertools.pairwise(levels):
         centre = (lower + upper) / 2
-        nearest = torch.where(w >= centre, upper, lower)
+        nearest = torch.where(w >= centre, upper, lower) + 0 * w  # what is no finite number stays none
         if isinstance(slope, Tensor):
             here = torch.where(slope > 0, _between(centre + (w - centre) / slope, lower, upper), nearest)
         else:
@@ -138,9 +138,9 @@ class PiecewiseAffine(Pull):
 
 @dataclass(frozen=True)
 class Hard(Pull):
-    """All the way, at any strength."""
+    """All the way, at any strength; a weight that is no finite number stays none, whatever level it would be compared to."""
 
     name = "hard"
 
     def toward(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength) -> Tensor:
-        return quantizer.assign(w, fitted)
+        return quantizer.assign(w, fitted).add_(w * 0)

@@ -6,13 +6,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from quantize.projection import Projection
+from quantize.checks import strength_of
+from quantize.projection import NotFinite, Projection
+from quantize.shards import local, over_all
 
 _LATENT, _LEVELS = "latent", "levels"
 _MODES, _STRENGTHS, _DRAWS, _FROZEN = "projection_modes", "projection_strengths", "projection_draws", "projection_frozen"
 _NAMES = "projection_names"  # of the parameters with latent weights of their own, with their numbers in the state
 _QUANTIZERS = "projection_quantizers"
-_OF_GROUPS = (_MODES, _QUANTIZERS, _STRENGTHS, _DRAWS, _FROZEN, _NAMES)
+_FROZEN_LEVELS = "projection_levels"  # learned ones, once the parameters have no entries in the state any more
+_OF_GROUPS = (_MODES, _QUANTIZERS, _STRENGTHS, _DRAWS, _FROZEN, _NAMES, _FROZEN_LEVELS)
 _WRAPPED_NAMES = ("_orig_mod", "module", "_fsdp_wrapped_module")  # put before the names by torch.compile, DDP and FSDP
 
 
@@ -61,6 +64,8 @@ def to_torch(
         _FROZEN: frozen,
         _NAMES: names,
     }
+    if frozen and any(projection.levels for projection in projections):
+        common[_FROZEN_LEVELS] = [[level.tolist() for level in projection.levels] for projection in projections]
     return {**base, "state": state, "param_groups": [{**group, **common} for group in base["param_groups"]]}
 
 
@@ -72,15 +77,18 @@ def from_torch(
     Raises:
         ValueError: if it does not fit.
     """
-    if "base_optimizer" in content:
+    if isinstance(content, Mapping) and "base_optimizer" in content:
         return _from_before(content, projections, frozen)
     groups = content.get("param_groups") if isinstance(content, Mapping) else None
     if not groups or "state" not in content:
         raise ValueError("this is not the state of an optimizer: it needs the keys state and param_groups")
     common = groups[0]
     if _MODES not in common:
-        raise ValueError("the state is of an optimizer that was not wrapped: base_optimizer.load_state_dict() takes it over")
-    for key in _OF_GROUPS[:-1]:
+        raise ValueError(
+            "the state is of an optimizer that was not wrapped (base_optimizer.load_state_dict() takes it over), or was saved with "
+            "flatten_optimizer_state_dict, which cannot be put together again: save it without that option"
+        )
+    for key in (_QUANTIZERS, _STRENGTHS, _DRAWS, _FROZEN):
         if key not in common:
             raise ValueError(f"the state is not whole: its parameter groups lack {key}")
     _compare_modes(common[_MODES], common[_FROZEN], projections, frozen)
@@ -98,7 +106,9 @@ def from_torch(
                 latent.append(_fitting(entry.get(_LATENT), parameter, f"latent weights of {name}"))
             if projection.levels and not common[_FROZEN]:
                 levels.append(_fitting(entry.get(_LEVELS), projection.levels[0], f"levels of {name}"))
-        found.append(Content(common[_STRENGTHS][number], common[_DRAWS][number], latent, levels))
+        if common[_FROZEN] and projection.levels and common.get(_FROZEN_LEVELS):
+            levels = [one.new_tensor(common[_FROZEN_LEVELS][number][i]) for i, one in enumerate(projection.levels)]
+        found.append(Content(strength_of(common[_STRENGTHS][number], projection.mode), common[_DRAWS][number], latent, levels))
     stripped = {index: _without(entry, (_LATENT, _LEVELS)) for index, entry in state.items()}
     base = {
         **content,
@@ -135,7 +145,8 @@ def _from_before(content: Mapping[str, Any], projections: Sequence[Projection], 
             raise ValueError("the state's latent weights differ in name from this optimizer's parameters")
         named = zip(projection.names, projection.parameters, strict=True)
         latent = [_fitting(given[_plain(name)], parameter, f"latent weights of {name}") for name, parameter in named]
-    return Found(content["frozen"], content["base_optimizer"], [Content(content["strength"], 0, latent, [])])
+    strength = strength_of(content["strength"], projection.mode)
+    return Found(content["frozen"], content["base_optimizer"], [Content(strength, 0, latent, [])])
 
 
 def _compare_modes(theirs: str, theirs_frozen: bool, projections: Sequence[Projection], frozen: bool) -> None:
@@ -149,6 +160,8 @@ def _compare_modes(theirs: str, theirs_frozen: bool, projections: Sequence[Proje
 def _fitting(given: Any, wanted: Tensor, what: str) -> Tensor:
     if not isinstance(given, Tensor) or given.shape != wanted.shape:
         raise ValueError(f"the state's {what} are missing or differ in shape from this optimizer's")
+    if over_all(given, (~local(given).isfinite()).any().float(), "max"):
+        raise NotFinite(f"the state's {what} hold values that are not finite numbers: it is of a training that has diverged")
     return given
 
 

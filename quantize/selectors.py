@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
+FROZEN_BY = "frozen_by"  # the attribute of a parameter that was quantized for good: the mode's name
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ONE_WEIGHT = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS)
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -73,7 +75,7 @@ def reasons(model: nn.Module, mode: "ProjectionMode") -> dict[str, str]:
     for prefix, module in model.named_modules():
         for own, parameter in module.named_parameters(prefix=prefix, recurse=False):
             layer = type(module).__name__
-            if id(parameter) in selected and parameter.requires_grad:
+            if id(parameter) in selected and (parameter.requires_grad or hasattr(parameter, FROZEN_BY)):
                 reason = "quantized"
             elif not parameter.requires_grad and id(parameter) in layers:
                 reason = "left as it is: requires_grad is False"

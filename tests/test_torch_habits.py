@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from test_step import backward, batch, network, weights, wrap
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn.utils import parametrizations
 
 import quantize
@@ -500,6 +500,18 @@ def test_every_layer_that_multiplies_is_selected():
     assert "first or last" in spared["downsample.weight"]
 
 
+@pytest.mark.parametrize("mode_name", MODES)
+def test_explain_knows_what_is_quantized_for_good(mode_name):
+    model, optimizer = started(mode_name, frozen=True)
+    copied, _ = copy.deepcopy((model, optimizer))
+    loaded, other = started(mode_name)
+    loaded.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    for net in (model, copied, loaded):
+        reasons = quantize.reasons(net, quantize.MODES[mode_name])
+        assert {name for name, reason in reasons.items() if reason == "quantized"} == set(optimizer.latent)
+
+
 def test_explain_prints_each_parameter(capsys):
     model = network()
     quantize.explain(model, quantize.MODES["prox_ternary"])
@@ -657,3 +669,208 @@ def test_what_cannot_be_is_said():
     broken["param_groups"][0].pop("projection_draws")
     with pytest.raises(ValueError, match="projection_draws"):
         of_two.load_state_dict(broken)
+
+
+# A step at rate 0, other orders of loading, layers held still, what is refused.
+
+
+def restarted(mode_name, base=None):
+    """A network whose weights reach beyond [-1, 1], before its first step."""
+    model = network()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(9)
+    optimizer = wrap(model, mode_name, base(model.parameters()) if base else None)
+    optimizer.set_strength(0.4)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("base", [None, lambda parameters: torch.optim.SGD(parameters, lr=0.1)])
+@pytest.mark.parametrize("mode_name", MODES)
+def test_asking_for_the_state_before_the_first_step_changes_nothing(mode_name, base):
+    model, optimizer = restarted(mode_name, base)
+    before, latent = weights(model), {name: weight.clone() for name, weight in optimizer.latent.items()}
+    for _ in range(2):
+        _, state = get_state_dict(model, optimizer)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for name, value in optimizer.latent.items():
+        assert torch.equal(value, latent[name]), name
+    assert state["param_groups"][0]["projection_draws"] == [0]
+
+
+def test_a_flattened_state_is_refused_in_words():
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    for mode_name in ("prox", "lazy"):
+        model, optimizer = started(mode_name)
+        model_state, optimizer_state = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+        before = weights(model)
+        with pytest.raises(ValueError, match="flatten_optimizer_state_dict"):
+            set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=optimizer_state, options=options)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_frozen_state_goes_into_a_new_optimizer_that_is_frozen_first(mode_name):
+    model, optimizer = started(mode_name, frozen=True)
+    model_state, optimizer_state = copy.deepcopy(get_state_dict(model, optimizer))
+    other, continued = started(mode_name, count=0)
+    continued.freeze()
+    set_state_dict(other, continued, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    steps(model, optimizer, 3, 5)
+    steps(other, continued, 3, 5)
+    assert_alike(model, optimizer, other, continued)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("mode_name", LAZY)
+def test_latent_weights_outlive_any_order_of_loading(mode_name, held):
+    model, optimizer = started(mode_name)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, continued = started(mode_name, count=0)
+    other[3].weight.requires_grad_(not held)
+    continued.load_state_dict(saved[1])
+    continued.set_strength(0.6)
+    other.load_state_dict(saved[0])
+    for name, weight in continued.latent.items():
+        assert torch.equal(weight, optimizer.latent[name]), name
+    continued.set_strength(0.8)
+    for name, weight in continued.latent.items():
+        assert torch.equal(weight, optimizer.latent[name]), name
+    steps(other, continued, 3, 4)
+    written = {name: value * 0.9 if value.is_floating_point() else value for name, value in saved[0].items()}
+    other.load_state_dict(written)  # other weights are taken over as ever
+    for name, weight in continued.latent.items():
+        assert torch.equal(weight, written[name]), name
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_layer_that_is_held_still_while_training_is_not_moved(mode_name):
+    model, optimizer = restarted(mode_name)
+    steps(model, optimizer, 0, 1)
+    shown, latent = model[3].weight.detach().clone(), optimizer.latent["3.weight"].clone()
+    model[3].weight.requires_grad_(False)
+    optimizer.zero_grad()
+    for step in range(1, 4):
+        optimizer.set_strength(0.4 + step / 10)
+        optimizer.zero_grad()
+        backward(model, step)
+        optimizer.step()
+        assert torch.equal(model[3].weight, shown)
+        assert torch.equal(optimizer.latent["3.weight"], latent)
+    again, copied = copy.deepcopy((model, optimizer))
+    assert torch.equal(copied.latent["3.weight"], latent)
+    with optimizer.hard_quantized():
+        expected = quantize.MODES[mode_name].hard_quantize(latent, optimizer.levels.get("3.weight"))
+        torch.testing.assert_close(model[3].weight.detach(), expected)
+    assert torch.equal(model[3].weight, shown)
+    for net, one in ((model, optimizer), (again, copied)):
+        net[3].weight.requires_grad_(True)
+        steps(net, one, 4, 6)
+    assert not torch.equal(optimizer.latent["3.weight"], latent)
+    assert_alike(model, optimizer, again, copied)
+
+
+@pytest.mark.parametrize("mode_name", LAZY)
+def test_weights_written_into_a_layer_that_is_held_still_are_taken_over(mode_name):
+    model, optimizer = started(mode_name)
+    optimizer.set_strength(0.6)
+    for held_first in (True, False):
+        other = {name: value * 0.7 if value.is_floating_point() else value for name, value in model.state_dict().items()}
+        if held_first:
+            model[3].weight.requires_grad_(False)
+            optimizer.set_strength(0.5)
+            model.load_state_dict(other)
+        else:
+            model.load_state_dict(other)
+            model[3].weight.requires_grad_(False)
+        optimizer.set_strength(0.7)
+        assert torch.equal(optimizer.latent["3.weight"], other["3.weight"])
+        model[3].weight.requires_grad_(True)
+        optimizer.set_strength(0.6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mode_name", LAZY)
+def test_latent_weights_that_are_not_finite_are_seen_and_not_loaded(mode_name, value):
+    model, optimizer = started(mode_name)
+    state = copy.deepcopy(optimizer.state_dict())
+    entry = state["state"][state["param_groups"][0]["projection_names"]["3.weight"]]
+    entry["latent"].view(-1)[0] = value
+    with pytest.raises(quantize.NotFinite, match=r"latent weights of 3\.weight"):
+        optimizer.load_state_dict(state)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    model[3].weight.grad.view(-1)[0] = float("nan")
+    for strength in (0.0, 1.0):
+        optimizer.set_strength(strength)
+        optimizer.step()
+        assert model[3].weight.isnan().any()
+
+
+def test_what_is_no_strength_and_no_state_is_said_in_one_line():
+    model, optimizer = started("lazy")
+    shown = weights(model)
+    for strength in (None, float("nan"), "much", [None], torch.ones(2)):
+        with pytest.raises(ValueError, match="is a finite number >= 0") as caught:
+            optimizer.set_strength(strength)
+        assert "\n" not in str(caught.value)
+    for content in (None, 7, []):
+        with pytest.raises(ValueError, match="not the state of an optimizer"):
+            optimizer.load_state_dict(content)
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["projection_strengths"] = [float("nan")]
+    with pytest.raises(ValueError, match="finite number >= 0, not nan"):
+        optimizer.load_state_dict(state)
+    assert optimizer.strength == 0.4
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, shown[name])
+
+
+# Learned levels.
+
+
+def test_learned_levels_stay_as_they_are_at_the_freeze():
+    model, optimizer = started("ttq")
+    with torch.no_grad():
+        model[3].weight.abs_()  # no entry is at the negative level
+    optimizer.set_strength(0.4)
+    steps(model, optimizer, 3, 4)
+    levels = {name: level.clone() for name, level in optimizer.levels.items()}
+    optimizer.freeze()
+    other, loaded = started("ttq")
+    other.load_state_dict(model.state_dict())
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for one in (optimizer, loaded):
+        assert torch.equal(one.levels["3.weight"], levels["3.weight"])
+    before = optimizer.state_dict()
+    for group in before["param_groups"]:
+        del group["projection_levels"]  # as it was written before
+    loaded.load_state_dict(before)
+    assert loaded.levels["3.weight"][0] == model[3].weight.max()
+
+
+def test_learned_levels_leave_the_gradients_as_they_were():
+    model, optimizer = started("ttq")
+    optimizer.zero_grad()
+    backward(model, 3)
+    given = {name: parameter.grad for name, parameter in model.named_parameters()}
+    before = {name: gradient.clone() for name, gradient in given.items()}
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is given[name]
+        assert torch.equal(parameter.grad, before[name]), name
+
+
+def test_learned_levels_refuse_sparse_gradients():
+    model = nn.ModuleList([nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2)])
+    optimizer = quantize.ProjectedOptimizer(
+        torch.optim.SparseAdam(model[0].parameters()), [("0.weight", model[0].weight)], quantize.MODES["ttq"]
+    )
+    before = model[0].weight.detach().clone()
+    model[1](model[0](torch.tensor([1, 2]))).sum().backward()
+    with pytest.raises(ValueError, match=r"0\.weight has a sparse gradient"):
+        optimizer.step()
+    assert torch.equal(model[0].weight, before)
