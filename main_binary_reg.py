@@ -55,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
             argv, modes=quantize.MODES, models=MODELS, datasets=data.DATASETS, optimizers=regimes.OPTIMIZERS
         )
         if args.evaluate is not None:
+            for line in warnings:
+                warn(line)
             return evaluate(args) if processes.first else 0
         run = Run(args, writes=processes.first)
         if run.finished:
@@ -92,8 +94,8 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
         check_synchronized(sets.train.samples, args.batch_size, processes.share.count)
     if run.checkpoint is not None:
         check_words(run.checkpoint, sets.words, run.folder)
-    resumed = args.resume and run.checkpoint is None
-    started_from = warm_start.load(model, args.resume, task, sets.words) if resumed else None
+    begin = functools.partial(warm_start.load, model, args.resume, task, sets.words)
+    started_from = begin() if args.resume and run.checkpoint is None else None
 
     regime = regimes.resolve_regime(args, model.regime, projected=args.mode.projects)
     if args.capture:
@@ -102,7 +104,7 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
         check_strength(args, regime)
     base_optimizer = regimes.build_optimizer(model.parameters(), regimes.settings_at(regime, args.start_epoch))
     optimizer = wrap(base_optimizer, model, args)
-    start_signs = {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
+    start_signs = signs_of(optimizer)
     meter, carried = task.meter(device, processes.total), task.carried(model, sets.train)
     state = State(task, model, optimizer, start_signs, meter, carried, args.start_epoch, sets.words, warm_start=started_from)
     steps = (args.epochs - args.start_epoch) * len(sets.train) if task.gains_by_compiling else 0
@@ -112,6 +114,8 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
         run.open()
     try:
         facts, before = facts_of_machine(device), {}
+        if args.resume and run.checkpoint is None and started_from is None:  # another process has cleared the folder since the look
+            state.warm_start, state.start_signs = begin(), signs_of(optimizer)
         if run.checkpoint is not None:
             state.restore(run.checkpoint, regime)
             before = computed_before(run.checkpoint)
@@ -155,6 +159,11 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
     finally:
         run.close()
     return 0
+
+
+def signs_of(optimizer: quantize.ProjectedOptimizer) -> dict[str, torch.Tensor]:
+    """The signs of the latent weights, by name."""
+    return {name: quantize.binarize(weight) for name, weight in optimizer.latent.items()}
 
 
 if __name__ == "__main__":

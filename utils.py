@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -52,6 +53,27 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def remove_left_over(folder: Path) -> None:
+    """Removes the temporary files of ``write_whole`` that killed processes of this machine have left in a folder.
+
+    Nothing is written in the folder by this process meanwhile: what bears its number is left over too.
+    """
+    for path in folder.iterdir():
+        named = re.fullmatch(r"\..+\.([0-9]+)\.tmp", path.name)
+        if named and (int(named[1]) == os.getpid() or not _lives(int(named[1]))):
+            path.unlink(missing_ok=True)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

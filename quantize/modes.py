@@ -121,6 +121,11 @@ class ProjectionMode:
         return self.schedule.at is _growing
 
     @property
+    def has_strength(self) -> bool:
+        """False where the pull goes all the way, so that there is no strength to set."""
+        return self.schedule != NONE
+
+    @property
     def shown(self) -> Quantizer:
         """The quantizer of the weights that the model shows in training."""
         return self.drawn or self.quantizer

@@ -1,10 +1,14 @@
 """What a run's folder says about the run, what it may be continued with, and what is said when something fails."""
 
+import csv
 import errno
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +18,7 @@ import torch
 
 import main_binary_reg
 from training import checkpoints, computing, tracking
+from training import folder as folder_module
 from training.processes import Processes
 
 PROX = ("--projection_mode", "prox", "--reg_rate", 1, "--optimizer", "Adam", "--lr", "0.01")
@@ -253,3 +258,65 @@ def test_images_that_were_trained_on_are_not_called_held_out(train, tiny_data, c
         said = capsys.readouterr().out
         assert ("held out training images" in said) == (not seen)
         assert (f"warning: --holdout {held}: 30 images were held out" in said) == bool(seen)
+
+
+@pytest.mark.parametrize("mode_name", ["ttq", "lazy", "binary_relax", None])
+def test_the_strength_is_told_where_there_is_one(train, mode_name):
+    mode = ("--projection_mode", mode_name, "--freeze_epoch", 1) if mode_name else ()
+    done = train("run", "--epochs", 2, *mode)
+    assert done.status == 0, done.err
+    with open(done.folder / "results.csv", newline="", encoding="utf-8") as file:
+        cells = [row["strength"] for row in csv.DictReader(file)]
+    assert len(cells) == 2
+    told = ["strength" in line for line in done.log().splitlines() if re.search(r" epoch \d/2: ", line)]
+    if mode_name == "ttq":
+        assert cells == ["", ""]
+        assert told == [False, False]
+    else:
+        assert [float(cell) > 0 for cell in cells] == [mode_name is not None, False]
+        assert told == [True, True]
+
+
+def test_flags_that_an_evaluation_has_no_use_for_are_said(train, tiny_data, capsys):
+    folder = train("run").folder
+    capsys.readouterr()
+    arguments = ("--evaluate", folder, "--data_dir", tiny_data, "--lr", 3, "-p", 7, "--start-epoch", 1, "--precision", "fp32")
+    assert main_binary_reg.main(list(map(str, arguments))) == 0
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    flags = ("--lr", "--print-freq", "--start-epoch")
+    assert sorted(warnings) == [f"warning: {flag} has no effect with --evaluate" for flag in flags]
+
+
+def test_what_killed_writes_have_left_is_removed(train):
+    folder = train("run").folder
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    left, mine = folder / f".results.csv.{child.pid}.tmp", folder / f".checkpoint.pth.tar.new.{os.getpid()}.tmp"
+    kept = [folder / f".log.txt.{os.getppid()}.tmp", folder / f"notes.{child.pid}.tmp", folder / f".{child.pid}.tmp"]
+    for path in (left, mine, *kept):
+        path.touch()
+    assert train("run", "--epochs", 2).status == 0
+    assert not left.exists()
+    assert not mine.exists()
+    assert all(path.exists() for path in kept)
+
+
+def test_a_folder_that_another_process_clears_after_the_first_look_begins_with_the_warm_start(train, monkeypatch):
+    train("fp")
+    options = ("--resume", "results/fp", "--projection_mode", "lazy", "--lr", "0.01")
+    undisturbed = train("undisturbed", *options, "--epochs", 2)
+    train("run", *options)
+    take_lock = folder_module.Run._take_lock
+
+    def cleared_first(run: folder_module.Run) -> None:
+        run._clear()  # as a process with --overwrite does, that has ended since
+        take_lock(run)
+
+    monkeypatch.setattr(folder_module.Run, "_take_lock", cleared_first)
+    done = train("run", *options, "--epochs", 2)
+    assert done.status == 0, done.err
+    assert done.facts()["warm_start"] == undisturbed.facts()["warm_start"] is not None
+    one, other = done.checkpoint(), undisturbed.checkpoint()
+    assert one["history"][0]["sign_change"] == other["history"][0]["sign_change"]
+    for name, value in other["state_dict"].items():
+        assert torch.equal(one["state_dict"][name], value), name

@@ -33,6 +33,30 @@ CHANGES_NO_NUMBER = frozenset(
         "evaluate",
     }
 )
+# What an evaluation asks for; the other flags have no effect on it.
+_EVALUATED = frozenset(
+    {
+        "batch_size",
+        "bits",
+        "by_row",
+        "data_dir",
+        "dataset",
+        "device",
+        "evaluate",
+        "gpus",
+        "holdout",
+        "input_size",
+        "model",
+        "model_config",
+        "precision",
+        "projection_mode",
+        "quantizer",
+        "recalibrate",
+        "seed",
+        "tf32",
+        "workers",
+    }
+)
 DERIVED = {"typed", "rate", "mode"}  # what parsing adds to the arguments: no flags of their own
 
 
@@ -271,6 +295,9 @@ def parse(argv: list[str] | None, **names: Any) -> tuple[argparse.Namespace, lis
     args.typed = frozenset(name for name, value in vars(given).items() if value is not _NOT_TYPED)
     tasks.set_defaults(args, args.dataset)
     args.mode = choose_mode(args.projection_mode, args.quantizer, args.bits, args.by_row)
+    if args.evaluate is not None:
+        idle = [action.option_strings for action in parser._actions if action.dest in args.typed - _EVALUATED]
+        return args, [f"{next(one for one in names if one.startswith('--'))} has no effect with --evaluate" for names in idle]
     return args, check(args, args.mode)
 
 
@@ -291,8 +318,6 @@ def choose_mode(name: str | None, quantizer: str | None, bits: int | None, by_ro
 def check(args: argparse.Namespace, mode: quantize.ProjectionMode) -> list[str]:
     """Warnings about arguments without effect; raises UsageError on those that contradict each other."""
     warnings = []
-    if args.evaluate is not None:
-        return warnings
     if args.recalibrate:
         raise UsageError(f"--recalibrate {args.recalibrate}: training does not re-estimate BatchNorm's statistics, only --evaluate")
     tasks.check_model(args.model, args.dataset)
@@ -330,4 +355,8 @@ def check(args: argparse.Namespace, mode: quantize.ProjectionMode) -> list[str]:
         args.rate = getattr(args, used)
     if args.rate == 0:
         warnings.append(f"--{used} is 0: nothing pulls the weights to their quantization with --projection_mode {mode.name}")
+    elif args.freeze_epoch > args.start_epoch and mode.strength(args.rate, args.freeze_epoch - 1) == 0:
+        warnings.append(
+            f"--freeze_epoch {args.freeze_epoch}: nothing pulls the weights before it, in the first epoch the strength is 0"
+        )
     return warnings

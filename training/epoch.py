@@ -109,7 +109,9 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
             loops.train(state, step, job.sets.train, lambda: between_steps(job, state, progress))
         state.require_finite()  # before it can be the best network
         job.processes.align(state.model.buffers())  # BatchNorm's: each process has counted only its share of the last batch
-        row = {"epoch": state.epoch + 1, "lr": settings["lr"], "strength": optimizer.strength if optimizer.projecting else 0.0}
+        row = {"epoch": state.epoch + 1, "lr": settings["lr"]}
+        if args.mode.has_strength or not args.mode.projects:
+            row["strength"] = optimizer.strength if optimizer.projecting else 0.0
         row |= _columns("train", state.meter.read()) | _columns("val", validate(job, state))
         with optimizer.hard_quantized():
             if optimizer.projecting:
@@ -239,7 +241,8 @@ def finish_epoch(job: Job, state: State, row: dict[str, Any], board: tracking.Bo
     if state.ended or state.epoch == args.epochs:
         board.add_final(args, row, state.best)
     board.flush()
-    words = f"{state.task.epoch_in_words(row)}, lr {row['lr']:g}, strength {row['strength']:g}, {row['seconds']:.1f} s"
+    strength = f", strength {row['strength']:g}" if "strength" in row else ""
+    words = f"{state.task.epoch_in_words(row)}, lr {row['lr']:g}{strength}, {row['seconds']:.1f} s"
     log.info(f"epoch {state.epoch}/{args.epochs}: {words}")
     job.run.save_checkpoint(state.checkpoint(args), keep=args.save_all)
     job.run.write_results(state.history)

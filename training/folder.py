@@ -24,7 +24,7 @@ from training.arguments import CHANGES_NO_NUMBER, DERIVED
 from training.log import LogFile, log, warn, warnings_so_far
 from training.state import NETWORK_KEYS, computed_before
 from training.tasks import task_of
-from utils import UsageError, write_text, writing
+from utils import UsageError, remove_left_over, write_text, writing
 
 # What a machine decides where the flag is "auto": the checkpoint has what was decided, and a continuation keeps to it.
 _DECIDED = ("compile", "device", "precision")
@@ -204,6 +204,7 @@ class Run:
         try:
             self.folder = self._make_folder()
             self._take_lock()
+            remove_left_over(self.folder)
             if self._named:
                 self._found = self._look(self._found)  # again: the process that had the lock may have changed it
                 if self._found.differing:
