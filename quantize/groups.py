@@ -1,8 +1,9 @@
 """Weights in groups that share their levels: one tensor, its rows, or many tensors side by side.
 
 A quantizer takes its levels from sums and means over each group and then treats every weight by itself. It says so once, in
-functions of the weights, and works on whatever arrangement they are in: ``pieces`` are the weights in parts of cache size, and
-what ``sums`` and the others return has one value a group, in a shape that broadcasts against each piece.
+functions of the weights, and works on whatever arrangement they are in: ``pieces`` are the weights in parts of cache size,
+``counts`` says how many each group has (at least 1), and what ``sums`` and the others return has one value a group, in a shape
+that broadcasts against each piece.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -28,12 +29,12 @@ class OneTensor:
 
     def __init__(self, pieces: Sequence[Tensor], count: int | None = None, reduce: Reduce | None = None) -> None:
         self.pieces = list(pieces)
-        self._count = sum(piece.numel() for piece in pieces) if count is None else count
+        self.counts = max(sum(piece.numel() for piece in pieces) if count is None else count, 1)
         self._reduce = reduce
 
     def holding(self, pieces: Sequence[Tensor]) -> "OneTensor":
         """The same groups with other weights."""
-        return OneTensor(pieces, self._count, self._reduce)
+        return OneTensor(pieces, self.counts, self._reduce)
 
     def sums(self, functions: Functions) -> list[Tensor]:
         """Sums of several functions of the weights over each group, float64. A function's values may be changed here."""
@@ -43,12 +44,14 @@ class OneTensor:
 
     def mean(self, function: Function) -> Tensor:
         """Mean of a function of the weights over each group, float64; 0 where a group is empty."""
-        return self.sums(lambda w: (function(w),))[0] / max(self._count, 1)
+        return self.sums(lambda w: (function(w),))[0] / self.counts
 
     def median(self, function: Function) -> Tensor:
-        """Lower median of a function of the weights over each group. Gathers the function's values: as large as the group."""
+        """Lower median of a non-negative function of the weights over each group; 0 where it is empty."""
         if self._reduce:
             raise ValueError(IN_PARTS)
+        if len(self.pieces) > 1 and self.pieces[0].device.type == "cpu":
+            return _median_of_many(self.pieces, function)
         values = torch.cat([function(piece).flatten() for piece in self.pieces])
         return values.median() if values.numel() else values.new_zeros(())
 
@@ -78,12 +81,12 @@ class Rows:
 
     def __init__(self, matrix: Tensor, length: int | None = None, reduce: Reduce | None = None) -> None:
         self.pieces = [matrix]
-        self._length = matrix.shape[1] if length is None else length
+        self.counts = max(matrix.shape[1] if length is None else length, 1)
         self._reduce = reduce
 
     def holding(self, pieces: Sequence[Tensor]) -> "Rows":
         """The same groups with other weights."""
-        return Rows(pieces[0], self._length, self._reduce)
+        return Rows(pieces[0], self.counts, self._reduce)
 
     def sums(self, functions: Functions) -> list[Tensor]:
         """As ``OneTensor.sums``. A row is short enough to be summed in its own precision, which is faster."""
@@ -92,7 +95,7 @@ class Rows:
 
     def mean(self, function: Function) -> Tensor:
         """As ``OneTensor.mean``."""
-        return self.sums(lambda w: (function(w),))[0] / max(self._length, 1)
+        return self.sums(lambda w: (function(w),))[0] / self.counts
 
     def median(self, function: Function) -> Tensor:
         """As ``OneTensor.median``."""
@@ -122,6 +125,7 @@ class SideBySide:
     def __init__(self, layout: "Layout", rows: Tensor) -> None:
         self._layout = layout
         self.pieces = [rows]
+        self.counts = layout.counts
 
     def holding(self, pieces: Sequence[Tensor]) -> "SideBySide":
         """The same groups with other weights; what lies between the tensors is made zero again."""
@@ -133,7 +137,7 @@ class SideBySide:
 
     def mean(self, function: Function) -> Tensor:
         """As ``OneTensor.mean``."""
-        return self.sums(lambda w: (function(w),))[0] / self._layout.counts
+        return self.sums(lambda w: (function(w),))[0] / self.counts
 
     def median(self, function: Function) -> Tensor:
         """As ``OneTensor.median``."""
@@ -162,6 +166,32 @@ def _sum(values: Tensor) -> Tensor:
     if values.numel() % Layout.ROW or not values.is_contiguous():
         return values.sum(dtype=torch.float64)
     return values.view(-1, Layout.ROW).sum(1).sum(dtype=torch.float64)
+
+
+_DIGIT = 16  # bits
+_WHOLE = {torch.float32: (torch.int32, 32), torch.float64: (torch.int64, 64)}  # numbers of the same bits, and how many bits
+
+
+def _median_of_many(pieces: Sequence[Tensor], function: Function) -> Tensor:
+    """Lower median of a non-negative function's values, float32 or float64, of many pieces: counted, where selecting would gather.
+
+    The bits of non-negative floats, read as whole numbers, are in the floats' order. The median's are found digit by digit.
+    """
+    dtype = function(pieces[0][:0]).dtype
+    whole, bits = _WHOLE[dtype]
+    rank = (sum(piece.numel() for piece in pieces) - 1) // 2
+    found, places = (
+        0,
+        2**_DIGIT + 2,
+    )  # one for each digit, and on either side one for numbers whose first digits are not those found
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        counts = torch.zeros(places, dtype=torch.int64)
+        for piece in pieces:
+            number = function(piece).flatten().view(whole)
+            place = (number >> shift if shift else number).sub((found << _DIGIT) - 1).clamp_(0, places - 1)
+            counts += torch.bincount(place, minlength=places)
+        found = (found << _DIGIT) - 1 + int(torch.searchsorted(counts.cumsum(0), rank, right=True))
+    return torch.tensor(found, dtype=whole).view(dtype)
 
 
 Groups = OneTensor | Rows | SideBySide

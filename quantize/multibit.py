@@ -96,19 +96,18 @@ class Alternating(Quantizer):
     def _of_two_bits(self, x: Groups) -> Fitted:
         """The same where there are as many amplitudes as magnitudes: least squares makes each magnitude its weights' mean."""
         dtype = wide(x.pieces[0]).dtype
-        boundary = x.mean(lambda w: wide(w).abs()).to(dtype)  # greedy codes turn where |w| is the first amplitude
+        (total,) = x.sums(lambda w: (wide(w).abs(),))
+        boundary = (total / x.counts).to(dtype)  # greedy codes turn where |w| is the first amplitude
         for _ in range(self.rounds - 1):
 
-            def below_and_beyond(w: Tensor, boundary: Tensor = boundary) -> Iterator[Tensor]:
+            def from_the_boundary_on(w: Tensor, boundary: Tensor = boundary) -> Iterator[Tensor]:
                 magnitude = wide(w).abs()
                 beyond = at_least(magnitude, boundary)
-                yield magnitude
                 yield beyond
-                yield magnitude.mul_(beyond)
-                yield beyond.fill_(1)
+                yield beyond.mul_(magnitude)
 
-            total, beyond, of_beyond, count = x.sums(below_and_beyond)
-            means = torch.stack([(total - of_beyond) / (count - beyond).clamp(min=1), of_beyond / beyond.clamp(min=1)])
+            beyond, of_beyond = x.sums(from_the_boundary_on)
+            means = torch.stack([(total - of_beyond) / (x.counts - beyond).clamp(min=1), of_beyond / beyond.clamp(min=1)])
             small, large = means.clamp(min=0).sort(0).values.to(dtype)
             boundary = (small + large) / 2
         return small, large
@@ -117,14 +116,11 @@ class Alternating(Quantizer):
         if self.rounds == 1:
             return _greedy_sum(wide(w), fitted).to(w.dtype)
         magnitude = wide(w).abs()
-        from_here, nearest = None, None  # 1 from the level's lower boundary on; the level of each so far
-        for level, boundary in zip(fitted, _between(fitted), strict=False):
-            beyond = at_least(magnitude, boundary)
-            only_here = 1 - beyond if from_here is None else from_here.sub_(beyond)
-            nearest = only_here.mul_(level) if nearest is None else nearest.add_(only_here.mul_(level))
-            from_here = beyond
-        top = fitted[-1] if from_here is None else from_here.mul_(fitted[-1])
-        return sign(wide(w)).mul_(top if nearest is None else nearest.add_(top)).to(w.dtype)
+        nearest = fitted[0]
+        for level, boundary in zip(fitted[1:], _between(fitted), strict=True):  # the largest of those that are reached
+            reached = at_least(magnitude, boundary).mul_(level)
+            nearest = torch.maximum(reached, nearest, out=reached)
+        return sign(wide(w)).mul_(nearest).to(w.dtype)
 
     def levels(self, fitted: Fitted) -> list[Tensor]:
         magnitudes = _magnitudes(fitted)[0] if self.rounds == 1 else fitted
@@ -155,17 +151,17 @@ class Uniform(Quantizer):
 
             def products(w: Tensor, step: Tensor = step) -> Iterator[Tensor]:
                 code = self.code(wide(w), step)
-                yield code * wide(w)
-                yield code.square_()
+                yield code.square()
+                yield code.mul_(wide(w))
 
-            with_weights, with_itself = x.sums(products)
+            with_itself, with_weights = x.sums(products)
             step = torch.where(with_itself > 0, with_weights / with_itself.clamp(min=0.25), step).to(dtype)
         return (step,)
 
     def code(self, w: Tensor, step: Tensor) -> Tensor:
         """The nearest level as a multiple of the step."""
         largest = (2**self.bits - 1) / 2
-        return torch.floor(w / torch.where(step > 0, step, 1.0)).add_(0.5).clamp_(-largest, largest)
+        return (w / torch.where(step > 0, step, 1.0)).floor_().add_(0.5).clamp_(-largest, largest)
 
     def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
         return self.code(wide(w), fitted[0]).mul_(fitted[0]).to(w.dtype)
@@ -187,7 +183,7 @@ class UniformWithZero(Uniform):
     def code(self, w: Tensor, step: Tensor) -> Tensor:
         """The nearest level as a multiple of the step."""
         largest = 2 ** (self.bits - 1) - 1
-        return torch.round(w / torch.where(step > 0, step, 1.0)).clamp_(-largest, largest)
+        return (w / torch.where(step > 0, step, 1.0)).round_().clamp_(-largest, largest)
 
     def multiples(self) -> list[float]:
         """The levels as multiples of the step."""
@@ -205,10 +201,12 @@ def _left(w: Tensor, amplitudes: Fitted) -> Tensor:
 
 def _greedy_sum(w: Tensor, amplitudes: Fitted) -> Tensor:
     """What greedy codes with these amplitudes make of the weights."""
-    total, residual = torch.zeros_like(w), w
-    for amplitude in amplitudes:
+    total, residual = sign(w).mul_(amplitudes[0]), w
+    term = total
+    for amplitude in amplitudes[1:]:
+        residual = residual - term
         term = sign(residual).mul_(amplitude)
-        total, residual = total.add_(term), residual - term
+        total = total + term
     return total
 
 
@@ -243,13 +241,12 @@ def _from_greedy_codes(x: Groups, amplitudes: Fitted) -> Tensor:
         for amplitude in amplitudes:
             codes.append(sign(residual))
             residual = residual - amplitude * codes[-1]
-        yield torch.ones_like(residual)
         yield from (code * wide(w) for code in codes)
         yield from (codes[i] * codes[j] for i, j in pairs)
 
-    count, *sums = x.sums(products)
+    sums = x.sums(products)
     with_weights, of_pairs = torch.stack(sums[:k], -1), sums[k:]
-    gram = torch.diag_embed(count.unsqueeze(-1).expand(with_weights.shape).contiguous())
+    gram = torch.diag_embed((torch.zeros_like(sums[0]) + x.counts).unsqueeze(-1).expand(with_weights.shape).contiguous())
     for (i, j), value in zip(pairs, of_pairs, strict=True):
         gram[..., i, j] = gram[..., j, i] = value
     return _least_squares(gram, with_weights)
@@ -265,16 +262,15 @@ def _from_nearest(x: Groups, amplitudes: Fitted, dtype: torch.dtype) -> Tensor:
 
     def from_each_on(w: Tensor) -> Iterator[Tensor]:
         magnitude = wide(w).abs()
-        yield torch.ones_like(magnitude)
         yield magnitude
         for boundary in boundaries:
             beyond = at_least(magnitude, boundary)
-            yield beyond * magnitude
             yield beyond
+            yield beyond.mul_(magnitude)
 
-    count, total, *beyond = x.sums(from_each_on)
-    sums, counts = [total, *beyond[0::2]], [count, *beyond[1::2]]
-    nothing = [torch.zeros_like(count)]
+    total, *beyond = x.sums(from_each_on)
+    nothing = [torch.zeros_like(total)]
+    sums, counts = [total, *beyond[1::2]], [nothing[0] + x.counts, *beyond[0::2]]
     in_each = [torch.stack([a - b for a, b in zip(v, v[1:] + nothing, strict=True)], -1) for v in (sums, counts)]
     of_weights, of_values = in_each
     codes = codes.double()

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,17 +92,17 @@ class Projection:
             return
         self.draws += 1
         self._loaded_strength = None
+        clips = self.mode.quantizer.clips
         for number, block in enumerate(self._blocks):
             x = block.read(self.parameters)
             if self.mode.lazy:
-                if self.mode.quantizer.clips:
-                    _clip(x)
+                if clips:
+                    for piece in x.pieces:
+                        piece.clamp_(-1.0, 1.0)
                 block.write(x, self.latent)
-                self._pull(number, block, x, rates)
-            else:
-                self._pull(number, block, x, rates)
-                if self.mode.quantizer.clips:
-                    _clip(x)
+            for piece in self._pull(number, block, x, rates, clips):  # each is clipped while it lies in the cache
+                if clips and not self.mode.lazy:
+                    piece.clamp_(-1.0, 1.0)
             block.write(x, self.parameters)
         self._put_held(self.parameters)
         self._shown_at = rates
@@ -127,7 +127,8 @@ class Projection:
         copy(self.latent, places)
         for number, block in enumerate(self._blocks):
             x = block.read(places)
-            self._pull(number, block, x, rates)
+            for _ in self._pull(number, block, x, rates):
+                pass
             block.write(x, places)
         self._put_held(places)
 
@@ -143,10 +144,10 @@ class Projection:
     def _put_held(self, places: Sequence[Tensor]) -> None:
         copy(list(self._held.values()), [places[index] for index in self._held])
 
-    def _pull(self, number: int, block: Block, x: Groups, rates: Rates) -> None:
+    def _pull(self, number: int, block: Block, x: Groups, rates: Rates, clipped: bool = False) -> Iterator[Tensor]:
         strength = self._strength_of(block, x, rates)
         quantizer = self.mode.shown if self.mode.lazy else self.mode.quantizer
-        _put(self.mode.pull.pulled(x, quantizer, strength, self._given(quantizer.given, number, block, x)), x)
+        return self.mode.pull.pull_(x, quantizer, strength, self._given(quantizer.given, number, block, x), clipped)
 
     def _strength_of(self, block: Block, x: Groups, rates: Rates) -> float | Tensor:
         like = x.pieces[0]
@@ -206,7 +207,8 @@ class Projection:
         for number, block in enumerate(self._blocks):
             x = block.read(places)
             fitted = quantizer.fit(x, self._given(quantizer.given, number, block, x))
-            _put((quantizer.assign(piece, fitted) for piece in x.pieces), x)
+            for piece in x.pieces:
+                piece.copy_(quantizer.assign(piece, fitted))
             block.write(x, places)
 
     def check_finite(self, rates: Rates) -> None:
@@ -348,16 +350,6 @@ class Projection:
         if latent:  # what is held still shows the loaded weights too
             self._held = {}
             self._pulled_into(self.parameters, self._shown_at)
-
-
-def _clip(x: Groups) -> None:
-    for piece in x.pieces:
-        piece.clamp_(-1.0, 1.0)
-
-
-def _put(values: Iterable[Tensor], x: Groups) -> None:
-    for piece, value in zip(x.pieces, values, strict=True):
-        piece.copy_(value)
 
 
 def _extremes(tensor: Tensor) -> Tensor:

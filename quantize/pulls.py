@@ -1,12 +1,12 @@
 """Pulls: how weights are moved toward their quantization, at a strength t >= 0.
 
 The functions are of one tensor ``w`` and a target ``q`` of its shape; a strength is a number or a tensor that broadcasts against
-them. The classes apply them to weights in groups, see ``groups``.
+them. The classes do the same to weights in groups, see ``groups``, where they lie.
 """
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +32,14 @@ def quadratic(w: Tensor, q: Tensor, strength: Strength) -> Tensor:
     return q.clone() if math.isinf(strength) else (q * strength).add_(w).div_(1 + strength)
 
 
+def _quadratic_into(result: Tensor, w: Tensor, q: Tensor, strength: Strength) -> None:
+    """``quadratic`` into a place of its own, which may be ``w``'s; overwrites q."""
+    if isinstance(strength, Tensor) or math.isinf(strength):
+        result.copy_(quadratic(w, q, strength))
+    else:
+        torch.div(q.mul_(strength).add_(w), 1 + strength, out=result)
+
+
 def piecewise_affine(w: Tensor, levels: Sequence[Tensor | float] | Tensor, slope: Strength) -> Tensor:
     """The proximal operator of PARQ (Jin et al., ICML 2025), between neighbouring levels a <= w <= b with centre c:
     c + (w - c) / s, clipped to [a, b]; beyond the outermost level that level.
@@ -45,11 +53,13 @@ def piecewise_affine(w: Tensor, levels: Sequence[Tensor | float] | Tensor, slope
     moved = None
     for lower, upper in itertools.pairwise(levels):
         centre = (lower + upper) / 2
-        nearest = torch.where(w >= centre, upper, lower) + 0 * w  # what is no finite number stays none
         if isinstance(slope, Tensor):
+            nearest = torch.where(w >= centre, upper, lower) + 0 * w
             here = torch.where(slope > 0, _between(centre + (w - centre) / slope, lower, upper), nearest)
+        elif slope > 0:
+            here = _between(((w - centre) / slope).add_(centre), lower, upper)
         else:
-            here = _between(centre + (w - centre) / slope, lower, upper) if slope > 0 else nearest
+            here = torch.where(w >= centre, upper, lower) + 0 * w  # what is no finite number stays none
         moved = here if moved is None else torch.where(w > lower, here, moved)
     return moved if moved is not None else levels[0].expand_as(w).clone()
 
@@ -78,14 +88,18 @@ class Pull:
 
     name: ClassVar[str]
 
-    def toward(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength) -> Tensor:
-        """The pulled weights, elementwise; a new tensor."""
+    def toward_(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength, clipped: bool) -> None:
+        """Pulls weights in place, elementwise; ``clipped``: they lie in [-1, 1], or are clipped to it right afterwards."""
         raise NotImplementedError
 
-    def pulled(self, x: Groups, quantizer: Quantizer, strength: Strength, given: Any = None) -> Iterable[Tensor]:
-        """The pulled weights, piece by piece; ``x`` is not changed, and a piece may be overwritten once its result is there."""
+    def pull_(
+        self, x: Groups, quantizer: Quantizer, strength: Strength, given: Any = None, clipped: bool = False
+    ) -> Iterator[Tensor]:
+        """Pulls weights in place, piece by piece: each is pulled when it is asked for. Arguments as of ``fit`` and ``toward_``."""
         fitted = quantizer.fit(x, given)
-        return (self.toward(piece, quantizer, fitted, strength) for piece in x.pieces)
+        for piece in x.pieces:
+            self.toward_(piece, quantizer, fitted, strength, clipped)
+            yield piece
 
 
 @dataclass(frozen=True)
@@ -94,8 +108,12 @@ class Soft(Pull):
 
     name = "soft"
 
-    def toward(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength) -> Tensor:
-        return soft(w, quantizer.assign(w, fitted), strength)
+    def toward_(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength, clipped: bool) -> None:
+        q = quantizer.assign(w, fitted)
+        if clipped and quantizer.at_ends and not isinstance(strength, Tensor):
+            w.add_(q, alpha=strength).clamp_(-1.0, 1.0)  # the same to the last bit: the clip stops it at q
+        else:
+            torch.clamp(q, w - strength, w + strength, out=w)
 
 
 @dataclass(frozen=True)
@@ -110,20 +128,20 @@ class Quadratic(Pull):
 
     name = "quadratic"
 
-    def toward(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength) -> Tensor:
-        return quadratic(w, quantizer.assign(w, fitted), strength)
-
-    def pulled(self, x: Groups, quantizer: Quantizer, strength: Strength, given: Any = None) -> Iterable[Tensor]:
-        result = x
+    def pull_(
+        self, x: Groups, quantizer: Quantizer, strength: Strength, given: Any = None, clipped: bool = False
+    ) -> Iterator[Tensor]:
+        last = x
+        results = [torch.empty_like(piece) for piece in x.pieces] if self.repeats > 1 else []
         for _ in range(self.repeats - 1):
-            result = x.holding(list(self._once(x, result, quantizer, strength, given)))
-        return self._once(x, result, quantizer, strength, given)
-
-    @staticmethod
-    def _once(x: Groups, last: Groups, quantizer: Quantizer, strength: Strength, given: Any) -> Iterator[Tensor]:
+            fitted = quantizer.fit(last, given)
+            for w, before, result in zip(x.pieces, last.pieces, results, strict=True):
+                _quadratic_into(result, w, quantizer.assign(before, fitted), strength)
+            last = x.holding(results)
         fitted = quantizer.fit(last, given)
         for w, before in zip(x.pieces, last.pieces, strict=True):
-            yield quadratic(w, quantizer.assign(before, fitted), strength)
+            _quadratic_into(w, w, quantizer.assign(before, fitted), strength)
+            yield w
 
 
 @dataclass(frozen=True)
@@ -132,8 +150,8 @@ class PiecewiseAffine(Pull):
 
     name = "piecewise affine"
 
-    def toward(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength) -> Tensor:
-        return piecewise_affine(w, quantizer.levels(fitted), strength)
+    def toward_(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength, clipped: bool) -> None:
+        w.copy_(piecewise_affine(w, quantizer.levels(fitted), strength))
 
 
 @dataclass(frozen=True)
@@ -142,5 +160,6 @@ class Hard(Pull):
 
     name = "hard"
 
-    def toward(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength) -> Tensor:
-        return quantizer.assign(w, fitted).add_(w * 0)
+    def toward_(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength, clipped: bool) -> None:
+        q = quantizer.assign(w, fitted)
+        w.mul_(0).add_(q)

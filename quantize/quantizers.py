@@ -4,6 +4,7 @@ A quantizer takes its levels from the weights of a group, a tensor or a row (``f
 (``assign``). The functions at the end do both for one tensor. METHOD: sign of zero is +1 everywhere.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ class Quantizer:
         by_row: True where each row of a tensor, flattened to (first dimension, rest), has levels of its own.
         takes_bits: whether other ``bits`` and ``by_row`` make sense.
         clips: whether weights are kept in [-1, 1] while they are trained toward it.
+        at_ends: whether the level of each weight is the end of [-1, 1] on its own side of zero.
         spares_ends: whether the network's first and last layer stay in full precision.
         fits: whether ``fit`` looks at the weights.
         gathers: whether it needs all of a group in one place; the others need sums and maxima.
@@ -37,6 +39,7 @@ class Quantizer:
     name: ClassVar[str]
     takes_bits: ClassVar[bool] = False
     clips: ClassVar[bool] = False
+    at_ends: ClassVar[bool] = False
     spares_ends: ClassVar[bool] = False
     fits: ClassVar[bool] = True
     gathers: ClassVar[bool] = False
@@ -72,6 +75,7 @@ class Binary(Quantizer):
 
     name = "binary"
     clips = True
+    at_ends = True
     fits = False
 
     def fit(self, x: Groups, given: Any = None) -> Fitted:
@@ -103,12 +107,13 @@ class Ternary(Quantizer):
         dtype = wide(x.pieces[0]).dtype
         threshold = _above_zero((0.7 * x.mean(lambda w: wide(w).abs())).to(dtype))
 
-        def sides(w: Tensor) -> tuple[Tensor, ...]:
+        def sides(w: Tensor) -> Iterator[Tensor]:
             w = wide(w)
-            high, low = at_least(w, threshold), at_most(w, -threshold)
-            return w * high, high, w * low, low
+            for side in (at_least(w, threshold), at_most(w, -threshold)):
+                yield side
+                yield side.mul_(w)
 
-        high_sum, high_count, low_sum, low_count = x.sums(sides)
+        high_count, high_sum, low_count, low_sum = x.sums(sides)
         return threshold, (high_sum / high_count.clamp(min=1)).to(dtype), (low_sum / low_count.clamp(min=1)).to(dtype)
 
     def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
@@ -149,14 +154,14 @@ class LearnedTernary(Quantizer):
     def level_terms(self, gradient: Tensor, w: Tensor, fitted: Fitted) -> tuple[Tensor, Tensor]:
         """What the gradients at the positive and at the negative level are the sums of, from that at the quantized weights."""
         x = wide(w)
-        return gradient * at_least(x, fitted[0]), gradient * at_most(x, -fitted[0])
+        return at_least(x, fitted[0]).mul_(gradient), at_most(x, -fitted[0]).mul_(gradient)
 
     def pull_back(self, gradient: Tensor, w: Tensor, fitted: Fitted) -> Tensor:
         """The gradient at the latent weights, from that at the quantized ones: scaled by the size of the level of each."""
         threshold, positive, negative = fitted
         x = wide(w)
         high, low = at_least(x, threshold), at_most(x, -threshold)
-        middle = 1 - high - low
+        middle = (1 - high).sub_(low)
         return (gradient * (middle.add_(high.mul_(positive.abs())).add_(low.mul_(negative.abs())))).to(gradient.dtype)
 
 
@@ -165,6 +170,7 @@ class StochasticBinary(Binary):
     """+1 with probability clip((w + 1) / 2, 0, 1), else -1. For the gradient's place in training (BinaryConnect)."""
 
     name = "stochastic"
+    at_ends = False
     given = "draw"
 
     def fit(self, x: Groups, given: torch.Generator | None = None) -> Fitted:
@@ -194,7 +200,7 @@ class ExponentialBinary(StochasticBinary):
 def _ternary(w: Tensor, threshold: Tensor, high_level: Tensor, low_level: Tensor) -> Tensor:
     x = wide(w)
     high, low = at_least(x, threshold), at_most(x, -threshold)
-    return high.mul_(high_level).add_(low.mul_(low_level)).to(w.dtype)
+    return high.mul_(high_level).addcmul_(low, low_level).to(w.dtype)
 
 
 def _above_zero(threshold: Tensor) -> Tensor:

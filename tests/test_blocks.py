@@ -26,7 +26,7 @@ def alone(mode: quantize.ProjectionMode, w: torch.Tensor, strength: float) -> to
     by_row = quantizer.by_row
     x = groups.Rows(w.reshape(len(w), -1)) if by_row else groups.OneTensor([w])
     given = torch.tensor([[1.0, -1.0]], dtype=w.dtype) if quantizer.given else None
-    (found,) = mode.pull.pulled(x, quantizer, strength, given)
+    (found,) = mode.pull.pull_(x, quantizer, strength, given)
     return found.view(w.shape)
 
 
@@ -80,6 +80,15 @@ def test_side_by_side_is_one_by_one(sizes, seed):
             alone = torch.stack([getattr(groups.OneTensor([w]), how)(function) for w in tensors]).double()
             torch.testing.assert_close(together.by_tensor(column).double(), alone, rtol=1e-13, atol=1e-15)
             assert column.shape == (together.pieces[0].shape[0], 1)
+
+
+@given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=40), st.integers(0, 3))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_median_of_many_pieces_is_that_of_all(dtype, values, repeated):
+    w = torch.tensor(values * (repeated + 1), dtype=dtype)
+    for function in (torch.abs, lambda v: v.abs() * 1e-40, lambda v: v.abs() * 1e30):
+        found = groups.OneTensor(w.split(3)).median(function)
+        assert torch.equal(found, function(w).median())
 
 
 def test_side_by_side_keeps_the_memory_format():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import quantize
+from quantize.groups import OneTensor
 
 weights = st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=12)
 strengths = st.one_of(st.just(0.0), st.floats(1e-6, 3))
@@ -93,6 +94,19 @@ def test_strength_can_be_a_tensor():
             if prox is quantize.prox_binary:
                 torch.testing.assert_close(prox(w, strength)[row], alone, rtol=0, atol=1e-15)
         assert prox(w, strength).shape == w.shape
+
+
+@given(weights, strengths)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_clip_and_pull_in_one_are_the_same_bits(dtype, values, strength):
+    w = torch.tensor([*values, 0.0, -0.0, 1.0, -1.0], dtype=dtype)
+    pull, binary = quantize.MODES["prox"].pull, quantize.MODES["prox"].quantizer
+    pulled_first, clipped_first = w.clone(), w.clamp(-1, 1)
+    for x in (pulled_first, clipped_first):
+        (piece,) = pull.pull_(OneTensor([x]), binary, strength, clipped=True)
+        assert piece is x
+    assert torch.equal(pulled_first.clamp(-1, 1), quantize.prox_binary(w, strength).clamp(-1, 1))
+    assert torch.equal(clipped_first, quantize.prox_binary(w.clamp(-1, 1), strength))
 
 
 @given(weights, weights, strengths)

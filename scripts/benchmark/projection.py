@@ -1,7 +1,7 @@
 """The projection alone, by the size of the network: time in passes over the weights, and copies of them held.
 
-A pass is ``p.mul_(1.0)`` over all weights; the base optimizer does nothing. Copies are the peak of memory beyond parameters and
-gradients, in a process of its own.
+A pass is ``p.mul_(1.0)`` over tensors of the weights' sizes; the base optimizer does nothing. Copies are the peak of memory beyond
+parameters and gradients, in a process of its own.
 """
 
 import itertools
@@ -75,10 +75,11 @@ def seconds_of(step: Callable[[], object], device: torch.device, count: int) -> 
 def passes(mode_name: str, parameters: list[nn.Parameter], device: torch.device, count: int) -> dict[str, float]:
     """Median, least and most passes of a step, each against a pass timed beside it."""
 
-    @torch.no_grad()
     def one_pass() -> None:
         for parameter in parameters:
-            parameter.mul_(1.0)
+            parameter.grad.mul_(
+                1.0
+            )  # the weights' size; a write to the weights themselves would be one by others, to be taken over
 
     steps, units = seconds_of(wrapped(mode_name, parameters).step, device, count), seconds_of(one_pass, device, count)
     ratios = [step / unit for step, unit in itertools.islice(zip(steps, units, strict=True), 1, None)]
