@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MAIN, run_main
+from conftest import ROOT, run_main, until
 from torch import Tensor
 
 import data
@@ -309,16 +308,13 @@ def test_a_killed_run_continues_inside_an_epoch_to_the_same_end(folder, tmp_path
     command = ["--dataset", "text", "--data_dir", str(folder), *SMALL, "--epochs", "4", "--lr", "2", *mode]
     command += ["--print-freq", "1", "--checkpoint_minutes", "0.00001"]
     run_main(*command, "--save", "whole", "--results_dir", tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, MAIN, *command, "--save", "killed", "--results_dir", tmp_path], stdout=subprocess.DEVNULL
-    )
-    log = tmp_path / "killed" / "log.txt"
-    while process.poll() is None and not (log.exists() and "saved after step 5\n" in log.read_text().partition("epoch 3/4")[2]):
-        time.sleep(0.01)
+    waiting = [sys.executable, ROOT / "tests" / "waiting.py", tmp_path / "waits", "3", "6"]
+    process = subprocess.Popen([*waiting, *command, "--save", "killed", "--results_dir", tmp_path], stdout=subprocess.DEVNULL)
+    until((tmp_path / "waits").exists, process)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     content = load(tmp_path / "killed")
-    assert content["step"] > 0
+    assert (content["epoch"], content["step"]) == (2, 5)
     assert all(state.any() for state in content["carried"])
     done = run_main(*command, "--save", "killed", "--results_dir", tmp_path)
     assert "continuing in epoch" in done.stdout
