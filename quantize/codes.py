@@ -35,6 +35,7 @@ class Coded:
         codes: uint8, ``(packed_bytes(coding, count),)``.
         levels: ``(tables, values)`` of the tensor's dtype, ascending; one table, or one for each row. In the coding "sign"
             ``[[-1, 1]]``.
+        symmetric: whether each table is its upper half, mirrored, with a 0 between the halves if the number of levels is odd.
     """
 
     shape: torch.Size
@@ -42,6 +43,7 @@ class Coded:
     coding: str
     codes: Tensor
     levels: Tensor
+    symmetric: bool = False
 
     @property
     def by_row(self) -> bool:
@@ -51,7 +53,12 @@ class Coded:
     @property
     def nbytes(self) -> int:
         """Bytes of codes and of the levels that are stored."""
-        return self.codes.nbytes + (0 if self.coding == "sign" else self.levels.nbytes)
+        return self.codes.nbytes + self.stored_levels.nbytes
+
+    @property
+    def stored_levels(self) -> Tensor:
+        """``(tables, stored)``: the levels that the others follow from, none in the coding "sign"."""
+        return self.levels[:, self.levels.shape[1] - stored_values(self.coding, self.levels.shape[1], self.symmetric) :]
 
 
 def encode(w: Tensor, most: int = MOST_VALUES, by_row: bool = True) -> Coded:
@@ -80,10 +87,23 @@ def encode(w: Tensor, most: int = MOST_VALUES, by_row: bool = True) -> Coded:
     if not fitting:
         held = " and ".join(f"{_said(found, w.dtype)} in {words}" for words, found in tables.items())
         raise ValueError(f"it holds {held} where at most {most} distinct values are expected")
-    table = min(fitting, key=lambda found: _bytes(found, w))
+    candidates = [(found, False) for found in fitting]
+    candidates += [(found, True) for table in fitting if (found := _mirrored(table)) is not None]
+    table, symmetric = min(candidates, key=lambda found: _bytes(*found, w))
     codes = torch.searchsorted(table, keys.reshape(len(table), -1)).to(torch.uint8).flatten()
     coding = coding_for(table.shape[1])
-    return Coded(w.shape, w.dtype, coding, _pack(codes, coding), _ordered(table).view(w.dtype))
+    return Coded(w.shape, w.dtype, coding, _pack(codes, coding), _ordered(table).view(w.dtype), symmetric)
+
+
+def mirror(upper: Tensor, values: int) -> Tensor:
+    """``(tables, values)`` levels of symmetric tables, from their upper halves."""
+    middle = upper.new_zeros(len(upper), values % 2)
+    return torch.cat((-upper.flip(1), middle, upper), dim=1)
+
+
+def stored_values(coding: str, values: int, symmetric: bool) -> int:
+    """How many of a table's levels are stored: the greatest, of which the others follow."""
+    return 0 if coding == "sign" else values // 2 if symmetric else values
 
 
 def decode(coded: Coded) -> Tensor:
@@ -187,5 +207,20 @@ def _said(table: Tensor, dtype: torch.dtype) -> str:
     return str(_count(table, dtype)) if table.shape[1] else f"more than {MOST_VALUES}"
 
 
-def _bytes(table: Tensor, w: Tensor) -> int:
-    return packed_bytes(coding_for(table.shape[1]), w.numel()) + table.numel() * w.element_size()
+def _mirrored(table: Tensor) -> Tensor | None:
+    """Symmetric tables that have all the entries of the given ones; None if codes would grow. Here ~key is the key of -x."""
+    positive = torch.where(table < 0, ~table, table)
+    zero = positive == 0
+    if bool((zero & (table == 0)).any()) and not bool((table == -1).any()):  # 0.0 stands in the middle; -0.0 cannot
+        positive = torch.where(zero, positive.amax(1, keepdim=True), positive)  # a row of zeros has zeros at its ends too
+        middle = table.new_zeros(len(table), 1)
+    else:
+        middle = table[:, :0]
+    upper = _distinct(positive)
+    found = torch.cat((~upper.flip(1), middle, upper), dim=1)
+    return found if coding_for(found.shape[1]) == coding_for(table.shape[1]) else None
+
+
+def _bytes(table: Tensor, symmetric: bool, w: Tensor) -> int:
+    coding, values = coding_for(table.shape[1]), table.shape[1]
+    return packed_bytes(coding, w.numel()) + len(table) * stored_values(coding, values, symmetric) * w.element_size()

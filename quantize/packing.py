@@ -1,52 +1,54 @@
 """Trained networks as a file of bits: quantized tensors as codes and levels, everything else as it is.
 
-The container is safetensors; docs/packed-format.md states the format to the bit. All tensors of a kind lie in one array, since a
-header with an entry for each would be a fifth of a small network's file. Reading gives back every tensor bit for bit, and takes
-nothing on trust: a file that is damaged, or was made to do harm, is refused before anything of the size that it claims is made.
+The container is safetensors; docs/packed-format.md states the format to the bit. All tensors lie in one array, and the table says
+once what many have in common, since an entry for each would be a fifth of a small network's file. Reading gives back every tensor
+bit for bit, and takes nothing on trust: a file that is damaged, or was made to do harm, is refused before anything of the size
+that it claims is made.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
+import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 import torch
 from torch import Tensor, nn
 
 from quantize import codes
-from quantize.codes import CODINGS, MOST_VALUES, Coded
+from quantize.codes import MOST_VALUES, Coded
 from quantize.optimizer import ProjectedOptimizer
 
-VERSION = 1
-KEY = "proxquant"  # of the table in the container's metadata
+VERSION = "2"
+KEY = "proxquant"  # of the version in the container's metadata, which also holds mode, facts and table
+ARRAY = "tensors"  # the container's only one
+_ORDER = {"bit_order": "lowest first"}
 
 # Values that a tensor has in the modes whose quantizer is fixed; a further one is an error there and no reason for more bits.
 VALUES = {"lazy": 2, "prox": 2, "stoch_bin": 2, "prox_ternary": 3, "ttq": 3}
 
-# Arrays that the container may hold: their type there, and torch's.
-_ARRAYS = {
-    "codes": ("U8", torch.uint8),
-    "crc32": ("U8", torch.uint8),
-    "bool": ("BOOL", torch.bool),
-    "uint8": ("U8", torch.uint8),
-    "int8": ("I8", torch.int8),
-    "int16": ("I16", torch.int16),
-    "int32": ("I32", torch.int32),
-    "int64": ("I64", torch.int64),
-    "float16": ("F16", torch.float16),
-    "bfloat16": ("BF16", torch.bfloat16),
-    "float32": ("F32", torch.float32),
-    "float64": ("F64", torch.float64),
+# The container's words for types of numbers.
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = _FLOATS | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-_DTYPES = {name: dtype for name, (_, dtype) in _ARRAYS.items() if name not in ("codes", "crc32")}
+_WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 
 # Far above any network's; they bound what reading a hostile file costs.
 _MOST_HEADER, _MOST_TENSORS, _MOST_LENGTH = 1 << 22, 100_000, 1 << 40
+_CHECKSUM = 4  # bytes at the end
 
 
 class PackedError(ValueError):
@@ -129,7 +131,7 @@ def pack(state_dict: Mapping[str, Tensor], quantized: Collection[str], mode: str
     most, by_row = (VALUES[mode], False) if mode in VALUES else (MOST_VALUES, True)
     tensors: dict[str, Tensor | Coded] = {}
     for name, value in state_dict.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or str(value.dtype).split(".")[1] not in _DTYPES:
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.dtype not in _WORDS:
             kind = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
             raise PackedError(f"{name!r}: a {kind} cannot be packed; dense tensors of {', '.join(_DTYPES)} can")
         if name in quantized and value.numel():
@@ -139,32 +141,30 @@ def pack(state_dict: Mapping[str, Tensor], quantized: Collection[str], mode: str
                 raise PackedError(f"{name!r}: {error} (mode {mode})") from None
         else:
             tensors[name] = value.detach().cpu().contiguous()
-    if len(tensors) > _MOST_TENSORS:
-        raise PackedError(f"{len(tensors)} tensors: at most {_MOST_TENSORS} can be packed")
-
-    arrays: dict[str, list[Tensor]] = {}
-    layers = _layers(tensors)
-    for name, entry in _entries(layers):
-        stored = tensors[name]
-        if isinstance(stored, Coded):
-            arrays.setdefault("codes", []).append(stored.codes)
-            stored = stored.levels[:0] if stored.coding == "sign" else stored.levels
-        if stored.numel():
-            arrays.setdefault(entry.dtype, []).append(stored.flatten())
+    lines = list(_lines(tensors))
     try:
-        table = {"version": VERSION, "mode": mode, "bit_order": "lowest first", "facts": dict(facts or {}), "layers": layers}
-        text = json.dumps(table, separators=(",", ":"), allow_nan=False)
+        kept = json.dumps(dict(facts or {}), separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise PackedError(f"facts: {error}; plain values can be kept") from None
-    import safetensors.torch  # on first use: the rest of this package needs torch alone
-
-    whole = {name: torch.cat(parts) for name, parts in arrays.items()} | {"crc32": torch.zeros(4, dtype=torch.uint8)}
-    content = bytearray(safetensors.torch.save(whole, {KEY: text}))
-    header = int.from_bytes(content[:8], "little")
-    if header > _MOST_HEADER:
-        raise PackedError(f"the names and facts take {header} bytes: at most {_MOST_HEADER} can be kept")
-    begin = 8 + header + json.loads(content[8 : 8 + header])["crc32"]["data_offsets"][0]
-    content[begin : begin + 4] = zlib.crc32(content).to_bytes(4, "little")
+    parts = []
+    for line in lines:
+        for name in line.names()[: 1 if line.once else None]:
+            stored = tensors[name]
+            parts += [stored.stored_levels, stored.codes] if isinstance(stored, Coded) else [stored]
+    whole = torch.cat([torch.empty(0, dtype=torch.uint8), *(part.contiguous().flatten().view(torch.uint8) for part in parts)])
+    size = len(whole) + _CHECKSUM
+    metadata = {KEY: VERSION, "mode": mode, **_ORDER, "facts": kept, "tensors": "\n".join(map(str, lines))}
+    # Written here, since the library puts metadata in an order of chance: the same network is to be the same file.
+    array = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    header = json.dumps({"__metadata__": metadata, ARRAY: array}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    if len(header) > _MOST_HEADER:
+        raise PackedError(f"the names and facts take {len(header)} bytes: at most {_MOST_HEADER} can be kept")
+    content = bytearray(len(header).to_bytes(8, "little") + header + bytes(size))
+    _check_sizes(lines, len(content))  # nothing is written that would not be read
+    if len(whole):
+        torch.frombuffer(content, dtype=torch.uint8, count=len(whole), offset=8 + len(header)).copy_(whole)
+    content[-_CHECKSUM:] = zlib.crc32(memoryview(content)[:-_CHECKSUM]).to_bytes(_CHECKSUM, "little")
     return bytes(content)
 
 
@@ -183,127 +183,199 @@ def unpack(content: bytes) -> Packed:
     Raises:
         PackedError: if it is damaged or no packed network.
     """
-    text, arrays = _read_header(content)
-    table = _parse(text, "its table")
-    if not isinstance(table, dict):
-        raise PackedError("damaged: its table is no JSON object")
-    version = table.get("version")
-    if version != VERSION or isinstance(version, bool):
-        raise PackedError(f"version {str(version)[:20]!r} of the packed format: this program reads version {VERSION}")
-    mode, facts, layers = (table.get(key) for key in ("mode", "facts", "layers"))
-    if not (isinstance(mode, str) and isinstance(facts, dict) and table.get("bit_order") == "lowest first"):
-        raise PackedError("damaged: its table lacks mode, facts or the order of bits")
-    _check_layers(layers, len(content))
-
-    taken = dict.fromkeys(arrays, 0)
-    entries = dict(_entries(layers))
-    if len(entries) < sum(len(names) * len(members) for names, members in layers):
+    metadata, data = _read_header(content)
+    facts = _parse(metadata["facts"], "its facts")
+    if not isinstance(facts, dict):
+        raise PackedError("damaged: its facts are no JSON object")
+    lines = [_Line.of(line) for line in metadata["tensors"].split("\n") if line]
+    _check_sizes(lines, len(content))
+    named = [(line, line.names()) for line in lines]
+    if len({name for _, names in named for name in names}) < sum(len(names) for _, names in named):
         raise PackedError("damaged: a tensor comes twice in its table")
-    for array, count in (need for entry in entries.values() for need in entry.needs()):
-        taken[array] = taken.get(array, 0) + count
-    held = {array: count for array, count in arrays.items() if array != "crc32"}
-    taken.pop("crc32", None)
-    differing = [array for array in {**held, **taken} if held.get(array, 0) != taken.get(array, 0)]
-    if differing:
-        array = differing[0]
-        raise PackedError(f"damaged: its table takes {taken.get(array, 0)} of the {held.get(array, 0)} entries of {array!r}")
-
-    import safetensors.torch
-
-    try:
-        stored = safetensors.torch.load(content)
-    except Exception as error:  # whatever is wrong that was not found above, it is the file
-        raise PackedError(f"damaged: {' '.join(str(error).split())[:200]}") from None
-    if "bool" in stored and (stored["bool"].view(torch.uint8) > 1).any():
-        raise PackedError("damaged: an entry of 'bool' is neither 0 nor 1")
-    place = dict.fromkeys(stored, 0)
-
-    def take(array: str, count: int) -> Tensor:
-        begin = place.get(array, 0)
-        place[array] = begin + count
-        return stored[array][begin : begin + count] if count else torch.empty(0, dtype=_ARRAYS[array][1])
-
-    tensors = {}
-    for name, entry in entries.items():
-        try:
-            tensors[name] = entry.read(take)
-        except ValueError as error:
-            raise PackedError(f"damaged: {name[:100]!r}: {error}") from None
-    return Packed(mode, facts, tensors)
+    taken = sum((1 if line.once else len(names)) * line.nbytes for line, names in named)
+    if taken != len(data):
+        raise PackedError(f"damaged: its table takes {taken} of the {len(data)} bytes of its tensors")
+    tensors, place = {}, 0
+    for line, names in named:
+        for name in names:
+            try:
+                tensors[name] = line.read(data[place : place + line.nbytes])
+            except ValueError as error:
+                raise PackedError(f"damaged: {name[:100]!r}: {error}") from None
+            place += 0 if line.once else line.nbytes
+        place += line.nbytes if line.once else 0
+    return Packed(metadata["mode"], facts, tensors)
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """What the table says of one tensor: as ``[name, dtype, shape]``, and if it is coded also coding, "tensor" or "row", levels."""
+class _Line:
+    """A line of the table: tensors of one kind and shape. As text: kind, shape, last words of the names, patterns of the layers.
+
+    Attributes:
+        dtype, shape: of each tensor.
+        last: the last words of the names, separated by ``|``.
+        layers: patterns of the layers that hold tensors of these names; none for names without a layer.
+        once: all hold the same number, which is stored once.
+        levels: of coded tensors: how many a table has, which says the coding, or "sign"; None of others.
+        by_row, upper: whether each row has a table, and whether only the upper half of a symmetric table is stored.
+    """
 
     dtype: str
-    shape: list[int]
-    coding: str | None = None
-    groups: str = "tensor"
-    values: int = 0
+    shape: tuple[int, ...]
+    last: str
+    layers: tuple[str, ...]
+    once: bool = False
+    levels: int | str | None = None
+    by_row: bool = False
+    upper: bool = False
+
+    def __str__(self) -> str:
+        kind = self.dtype + ("/once" if self.once else "")
+        if self.levels is not None:
+            kind += f"/{self.levels}" + ("/row" if self.by_row else "") + ("/upper" if self.upper else "")
+        return " ".join((kind, ",".join(map(str, self.shape)) or "-", self.last, *self.layers))
+
+    @classmethod
+    def of(cls, text: str) -> "_Line":
+        """Raises PackedError where it is no line that ``pack`` writes."""
+        found = _LINE.fullmatch(text)
+        if found is None:
+            raise PackedError(f"damaged: {text[:100]!r} in its table describes no tensors")
+        dtype, once, levels, by_row, upper, sides, last, layers = found.groups()
+        shape = tuple(int(side) for side in sides.split(",")) if sides != "-" else ()
+        if levels not in (None, "sign"):
+            levels = int(levels)
+        line = cls(dtype, shape, last, tuple(layers.split(" ")[1:]), bool(once), levels, bool(by_row), bool(upper))
+        if not line._sound():
+            raise PackedError(f"damaged: {text[:100]!r} in its table describes no tensors")
+        return line
+
+    def _sound(self) -> bool:
+        good = self.dtype in _DTYPES and len(self.shape) <= 64 and math.prod(max(side, 1) for side in self.shape) <= _MOST_LENGTH
+        if self.once:
+            return good and math.prod(self.shape) == 1
+        if self.levels is None:
+            return good
+        good = good and self.dtype in _FLOATS and 0 not in self.shape
+        if self.levels == "sign":
+            return good and not self.by_row and not self.upper
+        good = good and (not self.by_row or (len(self.shape) > 1 and self.shape[0] > 1))
+        return good and (2 if self.upper else 1) <= self.levels <= MOST_VALUES
+
+    def sizes(self) -> Iterator[tuple[int, int]]:
+        """How many tensors each pattern stands for, and how many letters their names have at most, without making any."""
+        lasts = self.last.split("|")
+        for pattern in self.layers or ("",):
+            words = [part.split("|") for part in pattern.split(".")]
+            count = math.prod(map(len, words)) * len(lasts)
+            yield count, count * (sum(max(map(len, part)) + 1 for part in words) + max(map(len, lasts)))
+
+    def names(self) -> list[str]:
+        """Of all its tensors, in the order in which the file holds them."""
+        lasts = list(map(unquote, self.last.split("|")))
+        if not self.layers:
+            return lasts
+        spelled = (itertools.product(*(words.split("|") for words in pattern.split("."))) for pattern in self.layers)
+        return [f"{layer}.{last}" for words in spelled for one in words for layer in [unquote(".".join(one))] for last in lasts]
 
     @property
-    def count(self) -> int:
-        return math.prod(self.shape)
+    def _coding(self) -> tuple[str, int, int]:
+        """The coding, and how many tables of how many stored levels there are."""
+        coding, values = ("sign", 2) if self.levels == "sign" else (codes.coding_for(self.levels), self.levels)
+        return coding, self.shape[0] if self.by_row else 1, codes.stored_values(coding, values, self.upper)
 
     @property
-    def tables(self) -> int:
-        return self.shape[0] if self.groups == "row" else 1
+    def nbytes(self) -> int:
+        """Bytes that one of the tensors takes."""
+        count, size = math.prod(self.shape), _DTYPES[self.dtype].itemsize
+        if self.levels is None:
+            return count * size
+        coding, tables, stored = self._coding
+        return tables * stored * size + codes.packed_bytes(coding, count)
 
-    def needs(self) -> Iterator[tuple[str, int]]:
-        """Which arrays it takes how many entries of."""
-        if self.coding is None:
-            yield self.dtype, self.count
-            return
-        yield "codes", codes.packed_bytes(self.coding, self.count)
-        if self.coding != "sign":
-            yield self.dtype, self.tables * self.values
-
-    def read(self, take: Callable[[str, int], Tensor]) -> Tensor | Coded:
-        """The tensor, from ``take(array, count)``; raises ValueError on codes or levels that cannot be."""
+    def read(self, data: memoryview) -> Tensor | Coded:
+        """A tensor, from its bytes; raises ValueError on codes or levels that cannot be."""
         dtype = _DTYPES[self.dtype]
-        if self.coding is None:
-            return take(self.dtype, self.count).clone().view(self.shape)
-        packed = take("codes", codes.packed_bytes(self.coding, self.count)).clone()
-        if self.coding == "sign":
-            levels = codes.signs(dtype)
-        else:
-            levels = take(self.dtype, self.tables * self.values).clone().view(self.tables, self.values)
-        coded = Coded(torch.Size(self.shape), dtype, self.coding, packed, levels)
+        if self.levels is None:
+            found = _tensor(data, torch.uint8 if dtype is torch.bool else dtype)
+            if dtype is torch.bool and (found > 1).any():
+                raise ValueError("an entry is neither 0 nor 1")
+            return found.view(dtype).view(self.shape)
+        coding, tables, stored = self._coding
+        begin = tables * stored * dtype.itemsize
+        levels = codes.signs(dtype) if coding == "sign" else _tensor(data[:begin], dtype).view(tables, stored)
+        if self.upper:
+            levels = codes.mirror(levels, self.levels)
+        packed = _tensor(data[begin:], torch.uint8)
+        coded = Coded(torch.Size(self.shape), dtype, coding, packed, levels, self.upper)
         codes.check(coded)
         return coded
 
 
-def _layers(tensors: Mapping[str, Tensor | Coded]) -> list[list[list]]:
-    """The table: layers that hold tensors of the same names and kinds together, as ``[[layer, …], [[name, dtype, …], …]]``."""
-    members: dict[str, list[list]] = {}
+# Kind (dtype, or with what else belongs to it), shape, last words, layers. Numbers are bounded before they are read.
+_LINE = re.compile(
+    r"([A-Z0-9]+)(?:(/once)|/(sign|[0-9]{1,3})(/row)?(/upper)?)? (-|[0-9]{1,13}(?:,[0-9]{1,13}){0,63}) ([^ ]*)((?: [^ ]*)*)",
+    re.ASCII,
+)
+
+
+def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
+    """A tensor of its own memory; numbers are little-endian, as on every machine that torch runs on."""
+    return torch.frombuffer(bytearray(data), dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
+
+
+def _lines(tensors: Mapping[str, Tensor | Coded]) -> Iterator[_Line]:
+    """The table of tensors."""
+    numbers: dict[tuple, list[str]] = {}
     for name, value in tensors.items():
-        layer, last = _split(name)
-        entry = [last, str(value.dtype).split(".")[1], list(value.shape)]
+        if isinstance(value, Tensor) and value.numel() == 1:
+            bits = tuple(value.flatten().view(torch.uint8).tolist())
+            numbers.setdefault((value.dtype, value.shape, bits), []).append(name)
+    once = {name: number for number, names in enumerate(numbers.values()) if len(names) > 1 for name in names}
+    alike: dict[tuple, dict[str, list[str]]] = {}
+    for name, value in tensors.items():
+        kind: tuple = ()
         if isinstance(value, Coded):
-            entry += [value.coding, "row" if value.by_row else "tensor", value.levels.shape[1]]
-        members.setdefault(layer, []).append(entry)
-    alike: dict[str, list[list]] = {}
-    for layer, entries in members.items():
-        alike.setdefault(json.dumps(entries), [[], entries])[0].append(layer)
-    return list(alike.values())
+            kind = ("sign" if value.coding == "sign" else value.levels.shape[1], value.by_row, value.symmetric)
+        layer, last = _split(name)
+        key = (_WORDS[value.dtype], tuple(value.shape), once.get(name), kind, layer is None)
+        alike.setdefault(key, {}).setdefault(last, []).append(layer)
+    # Wide numbers and what is not coded come first, so that all of these lie at multiples of their width.
+    order = sorted(alike.items(), key=lambda item: (item[0][3] != (), -_DTYPES[item[0][0]].itemsize))
+    for (dtype, shape, number, kind, top), members in order:
+        together: dict[tuple, list[str]] = {}
+        for last, layers in members.items():
+            together.setdefault(tuple(layers), []).append(_quote(last))
+        for layers, lasts in together.items():
+            patterns = () if top else tuple(_patterns(layers))
+            yield _Line(dtype, shape, "|".join(lasts), patterns, number is not None, *kind)
 
 
-def _split(name: str) -> tuple[str, str]:
-    layer, _, last = name.rpartition(".")
-    return (layer, last) if layer else ("", name)
+def _split(name: str) -> tuple[str | None, str]:
+    layer, point, last = name.rpartition(".")
+    return (layer if point else None), last
 
 
-def _entries(layers: list) -> Iterator[tuple[str, _Entry]]:
-    """Names and entries of a table, in the order in which the file holds them."""
-    for names, members in layers:
-        for layer in names:
-            for last, *entry in members:
-                yield f"{layer}.{last}" if layer else last, _Entry(*entry)
+def _patterns(layers: Iterable[str]) -> Iterator[str]:
+    """Names as ``layer1.0|1.conv1|conv2``: those that differ in one place only have the words there together."""
+    found = [tuple((_quote(word),) for word in layer.split(".")) for layer in layers]
+    for place in reversed(range(max(map(len, found)))):
+        merged: dict[tuple, list[str]] = {}
+        for words in found:
+            before, here, after = words[:place], words[place : place + 1], words[place + 1 :]
+            merged.setdefault((before, len(here), after), []).extend(word for part in here for word in part)
+        found = [(*before, tuple(here), *after) if there else before for (before, there, after), here in merged.items()]
+    for words in found:
+        yield ".".join("|".join(part) for part in words)
 
 
-def _read_header(content: bytes) -> tuple[str, dict[str, int]]:
-    """The table's text, and the arrays with their number of entries, of a file whose length and checksum are right."""
+def _quote(word: str) -> str:
+    """With the characters that patterns are made of, and those beyond ASCII, written as in the addresses of pages."""
+    return quote(word, safe="!\"#$&'()*+,/:;<=>?@[\\]^`{}")
+
+
+def _read_header(content: bytes) -> tuple[dict[str, str], memoryview]:
+    """The metadata, and the bytes of the tensors, of a file whose length and checksum are right."""
     length = int.from_bytes(content[:8], "little")
     if len(content) < 10 or length > len(content) - 8:
         raise PackedError("truncated, or no packed network")
@@ -315,67 +387,31 @@ def _read_header(content: bytes) -> tuple[str, dict[str, int]]:
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or not isinstance(metadata.get(KEY), str):
         raise PackedError(f"no packed network: its metadata has no {KEY!r}")
-    arrays, spans = {}, []
-    for name, entry in header.items():
-        if name not in _ARRAYS:
-            raise PackedError(f"damaged: an array {name[:100]!r} is not known")
-        kind, dtype = _ARRAYS[name]
-        shape, span = (entry.get("shape"), entry.get("data_offsets")) if isinstance(entry, dict) else (None, None)
-        if not (_counts(shape, 1) and _counts(span, 2) and entry.get("dtype") == kind):
-            raise PackedError(f"damaged: the array {name!r} is described by {str(entry)[:100]!r}")
-        if span[1] - span[0] != shape[0] * dtype.itemsize:
-            raise PackedError(f"damaged: {shape[0]} entries of {name!r} in {span[1] - span[0]} bytes")
-        arrays[name] = shape[0]
-        spans.append(tuple(span))
-    spans.sort()
-    if [begin for begin, _ in spans] + [len(content) - 8 - length] != [0, *(end for _, end in spans)]:
-        raise PackedError("truncated or damaged: its arrays overlap, leave gaps or do not end with the file")
-    if arrays.get("crc32") != 4:
-        raise PackedError("damaged: it has no checksum")
-    begin = 8 + length + header["crc32"]["data_offsets"][0]
+    version = "1" if metadata[KEY].startswith("{") else metadata[KEY]
+    if version != VERSION:
+        raise PackedError(f"version {version[:20]!r} of the packed format: this program reads version {VERSION}")
+    if (
+        not all(isinstance(metadata.get(key), str) for key in ("mode", "facts", "tensors"))
+        or not _ORDER.items() <= metadata.items()
+    ):
+        raise PackedError("damaged: its metadata lacks mode, order of bits, facts or tensors")
+    size = len(content) - 8 - length
+    if header != {ARRAY: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}} or size < _CHECKSUM:
+        raise PackedError(f"truncated or damaged: its header does not describe one array {ARRAY!r} of the {size} bytes that follow")
     view = memoryview(content)
-    found = zlib.crc32(view[begin + 4 :], zlib.crc32(bytes(4), zlib.crc32(view[:begin])))
-    if found != int.from_bytes(view[begin : begin + 4], "little"):
+    if zlib.crc32(view[:-_CHECKSUM]) != int.from_bytes(view[-_CHECKSUM:], "little"):
         raise PackedError("damaged: its checksum is not that of its content")
-    return metadata[KEY], arrays
+    return metadata, view[8 + length : -_CHECKSUM]
 
 
-def _check_layers(layers: Any, size: int) -> None:
-    """Raises PackedError where the table's layers are not of the form of ``_layers``, or more than a file of such a size holds."""
-    tensors = length = 0
-    if not isinstance(layers, list):
-        raise PackedError("damaged: its table has no layers")
-    for kind in layers:
-        if not (isinstance(kind, list) and len(kind) == 2 and all(isinstance(part, list) for part in kind)):
-            raise PackedError(f"damaged: {str(kind)[:100]!r} in its table are no layers")
-        names, members = kind
-        if not all(isinstance(name, str) for name in names):
-            raise PackedError("damaged: the name of a layer in its table is no text")
-        for member in members:
-            _check_member(member)
-        tensors += len(names) * len(members)
-        length += sum(map(len, names)) * len(members) + sum(len(member[0]) for member in members) * len(names)
-    if tensors > min(_MOST_TENSORS, size) or length > 16 * size:
-        raise PackedError(f"damaged: {tensors} tensors in a file of {size} bytes")
-
-
-def _check_member(member: Any) -> None:
-    good = isinstance(member, list) and len(member) in (3, 6) and all(isinstance(word, str) for word in (*member[:2], *member[3:5]))
-    good = good and member[1] in _DTYPES and _counts(member[2]) and math.prod(max(size, 1) for size in member[2]) <= _MOST_LENGTH
-    if good and len(member) == 6:
-        _, dtype, shape, coding, groups, values = member
-        good = dtype in ("float16", "bfloat16", "float32", "float64") and coding in CODINGS and 0 not in shape
-        good = good and (groups == "tensor" or (groups == "row" and len(shape) > 1 and shape[0] > 1 and coding != "sign"))
-        good = good and _counts([values]) and 1 <= values <= CODINGS[coding]
-        good = good and ((coding == "sign" and values == 2) or coding == codes.coding_for(values))
-    if not good:
-        raise PackedError(f"damaged: {str(member)[:100]!r} in its table is no tensor")
-
-
-def _counts(values: Any, length: int | None = None) -> bool:
-    """Whether it is a list (of this length) of whole numbers that can be sizes."""
-    good = isinstance(values, list) and len(values) <= 64 and length in (None, len(values))
-    return good and all(type(value) is int and 0 <= value <= _MOST_LENGTH for value in values)
+def _check_sizes(lines: Iterable[_Line], size: int) -> None:
+    """Raises PackedError where lines stand for more tensors, or longer names, than a file of such a size may have."""
+    tensors = letters = 0
+    for line in lines:
+        for count, length in line.sizes():
+            tensors, letters = tensors + count, letters + length
+            if tensors > min(_MOST_TENSORS, 4096 + size) or letters > (1 << 20) + 16 * size:
+                raise PackedError(f"{tensors} tensors in a file of {size} bytes: that is beyond what is accepted")
 
 
 def _parse(text: str | bytes, words: str) -> Any:

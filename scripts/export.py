@@ -116,9 +116,17 @@ def export(args: Namespace, out: Path, half: str | None) -> None:
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     if half:
         state = halved(state, quantized, HALVES[half])
-    names = (NETWORK_KEYS | {task_of(kept.dataset).best_key}) - {"state_dict", "hard_quantized", "frozen"}
+    # What builds and judges the network; how it came about is in its run's folder, and a packed network is always hard-quantized.
+    task = task_of(kept.dataset)
+    names = (NETWORK_KEYS | {task.best_key}) - {"state_dict", "hard_quantized", "frozen", "warm_start"}
     facts = {name: kept.content[name] for name in kept.content if name in names}
-    facts |= {"model": kept.model, "config": kept.config, "dataset": kept.dataset, "projection_mode": kept.mode.name}
+    facts |= {
+        "model": kept.model,
+        "config": kept.config,
+        "dataset": kept.dataset,
+        "projection_mode": None,
+    }  # which is the file's mode
+    facts = {name: value for name, value in facts.items() if value not in (None, False) or name == task.best_key}
     try:
         content = packing.pack(state, quantized, kept.mode.name, facts)
     except packing.PackedError as error:

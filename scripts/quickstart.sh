@@ -35,4 +35,4 @@ echo
 "$PYTHON" scripts/report.py "$RESULTS_DIR" --out "$RESULTS_DIR/report" --show
 echo
 echo "Look at the curves and at the weights as they split:  $PYTHON -m tensorboard.main --logdir $RESULTS_DIR"
-echo "The binary network as a file of 27 KB:  $PYTHON scripts/export.py $RESULTS_DIR/proxquant_binary --out proxquant_binary.safetensors"
+echo "The binary network as a file of 26 KB:  $PYTHON scripts/export.py $RESULTS_DIR/proxquant_binary --out proxquant_binary.safetensors"

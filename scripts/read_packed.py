@@ -1,55 +1,56 @@
 """Reads a packed network (docs/packed-format.md) with numpy alone: python scripts/read_packed.py network.safetensors"""
 
+import io
+import itertools
 import json
 import math
 import sys
 import zlib
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 
-TYPES = {"codes": "u1", "crc32": "u1", "bool": "?", "bfloat16": "<u2", "float16": "<f2", "float32": "<f4", "float64": "<f8"}
+TYPES = {"BOOL": "?", "U8": "u1", "BF16": "<u2"}  # numpy has no bfloat16: they are read as float32 of the same values
+TYPES |= {f"{kind}{8 * size}": f"<{kind.lower()}{size}" for kind in "IF" for size in (1, 2, 4, 8)}
 
 
-def unpack_codes(data: np.ndarray, coding: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The codes of a tensor whose bytes come first, and the bytes after its own."""
-    if coding == "base3":
-        size = math.ceil(count / 5)
-        return (data[:size, None] // 3 ** np.arange(5) % 3).reshape(-1)[:count], data[size:]
-    width = 1 if coding == "sign" else int(coding[-1])
-    bits = np.unpackbits(data, bitorder="little", count=count * width).reshape(count, width)
-    return bits @ (1 << np.arange(width)), data[math.ceil(count * width / 8) :]
+def numbers(data: io.BytesIO, dtype: str, count: int) -> np.ndarray:
+    found = np.frombuffer(data.read(count * np.dtype(TYPES[dtype]).itemsize), TYPES[dtype])
+    return (found.astype("<u4") << 16).view("<f4") if dtype == "BF16" else found
+
+
+def read_one(data: io.BytesIO, dtype: str, shape: list[int], levels: str = "", *options: str) -> np.ndarray:
+    count, rows = math.prod(shape), shape[0] if "row" in options else 1
+    if not levels:
+        return numbers(data, dtype, count).reshape(shape)
+    values, stored = (2, 0) if levels == "sign" else (int(levels), int(levels) // (2 if "upper" in options else 1))
+    table = numbers(data, dtype, rows * stored).reshape(rows, stored)
+    if "upper" in options:
+        table = np.hstack([-table[:, ::-1], np.zeros((rows, values % 2), table.dtype), table])
+    table = np.array([[-1, 1]], table.dtype) if levels == "sign" else table
+    if values == 3:
+        codes = (numbers(data, "U8", math.ceil(count / 5))[:, None] // 3 ** np.arange(5) % 3).reshape(-1)[:count]
+    else:
+        width = max(1, (values - 1).bit_length())
+        packed = numbers(data, "U8", math.ceil(count * width / 8))
+        codes = np.unpackbits(packed, bitorder="little", count=count * width).reshape(count, width) @ (1 << np.arange(width))
+    return np.take_along_axis(table, codes.reshape(rows, -1), 1).reshape(shape)
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """All tensors by name; bfloat16, which numpy has not, as float32 of the same values."""
-    content = bytearray(Path(path).read_bytes())
+    content, tensors = Path(path).read_bytes(), {}
     start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    table = json.loads(header.pop("__metadata__")["proxquant"])
-    assert table["version"] == 1, table["version"]
-    data = {name: content[start:][slice(*entry["data_offsets"])] for name, entry in header.items()}
-    checksum = start + header["crc32"]["data_offsets"][0]
-    content[checksum : checksum + 4] = bytes(4)
-    assert zlib.crc32(content) == int.from_bytes(data["crc32"], "little"), "damaged"
-    arrays = {name: np.frombuffer(part, TYPES.get(name, name)) for name, part in data.items()}
-    if "bfloat16" in arrays:
-        arrays["bfloat16"] = (arrays["bfloat16"].astype("<u4") << 16).view("<f4")
-    tensors = {}
-    for layer, (last, dtype, shape, *coded) in ((a, m) for names, members in table["layers"] for a in names for m in members):
-        count, stored = math.prod(shape), arrays.get(dtype, np.empty(0))
-        used = count
-        if coded:
-            coding, groups, values = coded
-            codes, arrays["codes"] = unpack_codes(arrays["codes"], coding, count)
-            codes = codes.astype(int).reshape(shape[0] if groups == "row" else 1, -1)
-            used = 0 if coding == "sign" else len(codes) * values
-            levels = np.array([[-1.0, 1.0]]) if coding == "sign" else stored[:used].reshape(len(codes), values)
-            tensor = np.take_along_axis(levels, codes, 1).astype({"bfloat16": "<f4"}.get(dtype, dtype))
-        else:
-            tensor = stored[:count]
-        arrays[dtype] = stored[used:]
-        tensors[f"{layer}.{last}" if layer else last] = tensor.reshape(shape)
+    metadata, data = json.loads(content[8:start])["__metadata__"], io.BytesIO(content[start:-4])
+    assert metadata["proxquant"] == "2", metadata["proxquant"]
+    assert zlib.crc32(content[:-4]) == int.from_bytes(content[-4:], "little"), "damaged"
+    for line in filter(None, metadata["tensors"].split("\n")):
+        kind, sides, lasts, *layers = line.split(" ")
+        (dtype, *coded), shape = kind.split("/"), [int(side) for side in sides.split(",") if side != "-"]
+        words = [one for layer in layers for one in itertools.product(*(part.split("|") for part in layer.split(".")))]
+        names = [unquote(".".join([*one, last])) for one in words or [()] for last in lasts.split("|")]
+        found = read_one(data, dtype, shape) if coded == ["once"] else None
+        tensors |= {name: read_one(data, dtype, shape, *coded) if found is None else found for name in names}
     return tensors
 
 

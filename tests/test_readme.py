@@ -24,7 +24,6 @@ PARTS = [CODE.sub("", page.split("## Citation")[0]) for page in PAGES.values()]
 LINES = [line for part in PARTS for line in re.findall(r"^    (.*)$", part, re.MULTILINE)]
 ELSEWHERE = {  # what other tests run: test_package.py, test_bad_input.py, test_fuzz.py
     "pip install .",
-    "pip install '.[packing]'",
     "python main_binary_reg.py --help",
     "FUZZ_EXAMPLES=20000 python -m pytest tests/test_fuzz.py",
 }

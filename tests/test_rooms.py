@@ -10,7 +10,7 @@ from conftest import ROOT
 # Room: the rooms and packages that it may import, beside Python's own. No room knows one that stands above it.
 ROOMS = {
     "utils.py": {"numpy", "torch"},
-    "quantize": {"safetensors", "torch"},
+    "quantize": {"torch"},
     "models": {"torch"},
     "sources": {"PIL", "numpy", "torch", "torchvision", "tqdm", "utils"},
     "data.py": {"sources", "torch"},
