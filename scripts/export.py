@@ -26,7 +26,7 @@ import quantize
 from models import MODELS
 from quantize import packing
 from quantize.codes import Coded
-from training import arguments, checkpoints, computing, evaluation, regimes
+from training import arguments, computing, evaluation, regimes
 from training.log import log_to_terminal
 from training.state import NETWORK_KEYS
 from training.tasks import task_of
@@ -40,9 +40,7 @@ def finished_network(args: Namespace, kept: evaluation.Kept) -> nn.Module:
     device, _ = select_device(args.device, args.gpus, "gpus" in args.typed)
     sets = evaluation.load_data(args, kept.dataset, device) if args.recalibrate else None
     classes = sets.classes if sets else kept.config.get("num_classes") or _classes(kept)
-    model = evaluation.build_model(kept.model, kept.dataset, kept.config, classes)
-    model.to(device, memory_format=torch.channels_last)
-    checkpoints.load_weights(model, kept.content, kept.path)
+    model = evaluation.load_model(kept, classes).to(device, memory_format=torch.channels_last)
     averages = any(name.endswith("running_mean") for name in kept.content["state_dict"])
     advice = "; its BatchNorm has the statistics of other weights (see --recalibrate)" if averages else ""
     if evaluation.hard_quantize(model, kept.mode, kept.content):

@@ -25,7 +25,7 @@ LINES = [line for part in PARTS for line in re.findall(r"^    (.*)$", part, re.M
 ELSEWHERE = {  # what other tests run: test_package.py, test_bad_input.py, test_fuzz.py
     "pip install .",
     "python main_binary_reg.py --help",
-    "FUZZ_EXAMPLES=20000 python -m pytest tests/test_fuzz.py",
+    "FUZZ_EXAMPLES=10000 python -m pytest tests/test_fuzz.py tests/test_fuzz_files.py tests/test_packing.py",
 }
 TRAINING = [line for line in LINES if "main_binary_reg.py" in line and line not in ELSEWHERE]
 SCRIPTS = [line for line in LINES if re.search(r"\bscripts/", line)]

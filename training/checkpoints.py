@@ -45,6 +45,9 @@ def read(path: Path) -> dict[str, Any]:
             return {**facts, "hard_quantized": True, "frozen": True, "state_dict": packed.state_dict()}
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+                if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                    raise UnreadableCheckpoint(f"{path}: refused, its archive unpacks to more than the file; none of torch's does")
                 damaged = archive.testzip()
             if damaged:
                 raise UnreadableCheckpoint(f"{path}: damaged (checksum of {damaged})")
@@ -63,7 +66,36 @@ def read(path: Path) -> dict[str, Any]:
         raise UnreadableCheckpoint(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UnreadableCheckpoint(f"{path}: not a checkpoint, it has no state_dict")
+    _require_plain(content, path)
     return content
+
+
+# Far above any run's; they bound what a file can make of lists that hold each other, or themselves.
+_MOST_VALUES, _DEEPEST = 10_000_000, 30
+_WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_DTYPES = frozenset({*_WHOLE, torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
+
+def _require_plain(content: dict[str, Any], path: Path) -> None:
+    """Raises UnreadableCheckpoint on tensors that no run saves: sparse, quantized, without memory, or larger than their memory."""
+    waiting: list[tuple[Any, int]] = [(content, 0)]
+    values = 0
+    while waiting:
+        value, depth = waiting.pop()
+        values += 1
+        if values > _MOST_VALUES or depth > _DEEPEST:
+            raise UnreadableCheckpoint(f"{path}: not a checkpoint, its values are nested too deep or too many")
+        if isinstance(value, dict):
+            waiting += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, list | tuple):
+            waiting += [(inner, depth + 1) for inner in value]
+        elif isinstance(value, Tensor) and not _holds_its_values(value):
+            raise UnreadableCheckpoint(f"{path}: not a checkpoint, it holds a tensor of another kind ({value.dtype})")
+
+
+def _holds_its_values(value: Tensor) -> bool:
+    dense = value.layout is torch.strided and value.device.type == "cpu" and not value.is_nested and value.dtype in _DTYPES
+    return dense and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def sha256_of_weights(content: dict[str, Any]) -> str:
@@ -116,7 +148,12 @@ def locate(path: Path) -> Path:
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path) -> None:
-    """Puts a checkpoint's weights into a network, whole or not at all.
+    """Puts a checkpoint's weights into a network, whole or not at all; raises UsageError where ``fitting`` does."""
+    model.load_state_dict(fitting(model, content, path))
+
+
+def fitting(model: nn.Module, content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    """A checkpoint's weights for a network, which may be a sketch without memory (on torch's device ``meta``).
 
     Names may carry the prefix ``module.`` of a network that was trained on several GPUs.
 
@@ -140,7 +177,7 @@ def load_weights(model: nn.Module, content: dict[str, Any], path: Path) -> None:
     broken = [name for name, value in given.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise UsageError(f"{path}: {broken[0]!r} holds values that are not finite numbers")
-    model.load_state_dict(given)
+    return given
 
 
 def _alike(given: Tensor, wanted: Tensor) -> bool:

@@ -1,9 +1,10 @@
 """Evaluation of a checkpoint, as it is and hard-quantized; and what it shares with a run: the data and the network."""
 
 import ast
+import functools
 import itertools
 from argparse import Namespace
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,8 @@ def evaluate(args: Namespace) -> int:
     if args.holdout > held:  # the images of a larger number are those of a smaller one and more
         warn(f"--holdout {args.holdout}: {held} images were held out of this network's training; it was trained on the others")
         source = source.replace(" held out", "")
-    model = build_model(kept.model, kept.dataset, kept.config, sets.classes).to(device, memory_format=torch.channels_last)
     tasks.check_words(kept.content, sets.words, path)
-    checkpoints.load_weights(model, kept.content, path)
+    model = load_model(kept, sets.classes).to(device, memory_format=torch.channels_last)
 
     log.info(f"{path}: {kept.model} {kept.config} on {source}, projection mode {mode.name}")
     task = tasks.task_of(kept.dataset)
@@ -98,6 +98,14 @@ def evaluate(args: Namespace) -> int:
             recalibrate(model, sets, precision, args.recalibrate)
             say(f"hard-quantized, BatchNorm's statistics from {args.recalibrate} training batches")
     return 0
+
+
+def load_model(kept: Kept, classes: int) -> nn.Module:
+    """A checkpoint's network with its weights; one that is not what the checkpoint says of it is refused before it is made."""
+    fits = functools.partial(checkpoints.fitting, content=kept.content, path=kept.path)
+    model = build_model(kept.model, kept.dataset, kept.config, classes, fits)
+    checkpoints.load_weights(model, kept.content, kept.path)
+    return model
 
 
 def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict[str, Any]) -> bool:
@@ -153,21 +161,49 @@ def load_data(args: Namespace, dataset: str, device: torch.device, processes: Pr
     )
 
 
-def build_model(name: str, dataset: str, config: dict[str, Any], classes: int) -> nn.Module:
-    """The network for a data set; raises UsageError on a depth or a number of classes that cannot be."""
+MOST_PARAMETERS = 1_000_000_000  # far above any of these networks: what cannot be is said before it is made
+
+
+def build_model(
+    name: str, dataset: str, config: dict[str, Any], classes: int, check: Callable[[nn.Module], object] = lambda sketch: None
+) -> nn.Module:
+    """The network for a data set.
+
+    Args:
+        name: a key of ``models.MODELS``.
+        dataset: its name.
+        config: the network's arguments.
+        classes: of the data set.
+        check: is given the network without memory first; what it raises keeps a network from being made.
+
+    Raises:
+        UsageError: on a depth, a number of classes or a size that cannot be.
+    """
+    build = functools.partial(MODELS[name], dataset=dataset, **{"num_classes": classes, **config})
     try:
-        model = MODELS[name](dataset=dataset, **{"num_classes": classes, **config})
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"--model_config {config}: {error}") from None
+        with torch.device("meta"):
+            sketch = build()
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise UsageError(f"--model_config {config}: {_first_line(error)}") from None
     if config.get("num_classes", classes) < classes:
         raise UsageError(f"--model_config {config}: {dataset} has {classes} classes, num_classes of at least that is needed")
-    return model
+    parameters = sum(parameter.numel() for parameter in sketch.parameters())
+    if parameters > MOST_PARAMETERS:
+        raise UsageError(f"--model_config {config}: {parameters:,} parameters; at most {MOST_PARAMETERS:,} are accepted")
+    check(sketch)
+    return build()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _given_or_kept(args: Namespace, content: dict[str, Any], name: str, known: Collection[str | int | None]) -> Any:
     """What the user typed, else what the checkpoint says, else the flag's default."""
     value = getattr(args, name) if name in args.typed else content.get(name, getattr(args, name))
-    if not isinstance(value, str | int | None) or value not in known:
+    # A range looks at its numbers one by one for anything but a whole number.
+    searched = isinstance(value, int) or not isinstance(known, range)
+    if not isinstance(value, str | int | None) or not searched or value not in known:
         raise UsageError(f"--evaluate {args.evaluate}: the checkpoint's {name} {value!r} is not known; give --{name}")
     return value
 
