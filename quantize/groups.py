@@ -38,7 +38,8 @@ class OneTensor:
 
     def sums(self, functions: Functions) -> list[Tensor]:
         """Sums of several functions of the weights over each group, float64. A function's values may be changed here."""
-        parts = [torch.stack([_sum(value) for value in functions(piece)]) for piece in self.pieces]
+        # Within short rows in their own precision, which is faster, and only then in float64.
+        parts = [torch.stack([_by_short_rows(v) for v in functions(piece)]).sum(1, dtype=torch.float64) for piece in self.pieces]
         total = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         return list((self._reduce(total, "sum") if self._reduce else total).unbind())
 
@@ -161,11 +162,11 @@ class SideBySide:
         return values if values is self.pieces[0] else self._layout.zero_between(values)
 
 
-def _sum(values: Tensor) -> Tensor:
-    """Sum of all, float64: within short rows in their own precision, which is faster."""
+def _by_short_rows(values: Tensor) -> Tensor:
+    """Sums of all within short rows, one dimension; all as they are, in float64, where they do not fill such rows."""
     if values.numel() % Layout.ROW or not values.is_contiguous():
-        return values.sum(dtype=torch.float64)
-    return values.view(-1, Layout.ROW).sum(1).sum(dtype=torch.float64)
+        return values.sum(dtype=torch.float64).view(1)
+    return values.view(-1, Layout.ROW).sum(1)
 
 
 _DIGIT = 16  # bits

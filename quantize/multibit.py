@@ -287,7 +287,17 @@ def _least_squares(gram: Tensor, with_weights: Tensor) -> Tensor:
         along = with_weights.sum(-1) / 2 / torch.where(equal > 0, equal, torch.inf)
         across = (with_weights[..., 0] - with_weights[..., 1]) / 2 / torch.where(opposite > 0, opposite, torch.inf)
         return torch.stack([along + across, along - across], -1)
-    return (torch.linalg.pinv(gram, hermitian=True) @ with_weights.unsqueeze(-1)).squeeze(-1)
+    with_weights = with_weights.unsqueeze(-1)
+    if gram.device.type != "cpu":
+        return (torch.linalg.pinv(gram, hermitian=True) @ with_weights).squeeze(-1)
+    # Pseudoinverses of many rows' matrices take longer than all else: they are for those that are singular, or nearly so.
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    singular = (failed != 0) | (pivots.amin(-1) < 1e-3 * pivots.amax(-1))
+    solution = torch.cholesky_solve(with_weights, factor)
+    if singular.any():
+        solution[singular] = torch.linalg.pinv(gram[singular], hermitian=True) @ with_weights[singular]
+    return solution.squeeze(-1)
 
 
 def greedy_median(w: Tensor, bits: int = 1, by_row: bool = False) -> Tensor:

@@ -33,7 +33,7 @@ def quadratic(w: Tensor, q: Tensor, strength: Strength) -> Tensor:
 
 
 def _quadratic_into(result: Tensor, w: Tensor, q: Tensor, strength: Strength) -> None:
-    """``quadratic`` into a place of its own, which may be ``w``'s; overwrites q."""
+    """``quadratic`` into a place of its own, which may be that of ``w``; overwrites q."""
     if isinstance(strength, Tensor) or math.isinf(strength):
         result.copy_(quadratic(w, q, strength))
     else:
@@ -109,11 +109,11 @@ class Soft(Pull):
     name = "soft"
 
     def toward_(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength, clipped: bool) -> None:
-        q = quantizer.assign(w, fitted)
         if clipped and quantizer.at_ends and not isinstance(strength, Tensor):
-            w.add_(q, alpha=strength).clamp_(-1.0, 1.0)  # the same to the last bit: the clip stops it at q
+            quantizer.add_times_(w, strength, fitted)
+            w.clamp_(-1.0, 1.0)  # the same to the last bit: the clip stops it at q
         else:
-            torch.clamp(q, w - strength, w + strength, out=w)
+            torch.clamp(quantizer.assign(w, fitted), w - strength, w + strength, out=w)
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,13 @@ class Quadratic(Pull):
 
     name = "quadratic"
 
+    def toward_(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength, clipped: bool) -> None:
+        if isinstance(strength, Tensor) or math.isinf(strength):
+            _quadratic_into(w, w, quantizer.assign(w, fitted), strength)
+        else:
+            quantizer.add_times_(w, strength, fitted)
+            w.div_(1 + strength)
+
     def pull_(
         self, x: Groups, quantizer: Quantizer, strength: Strength, given: Any = None, clipped: bool = False
     ) -> Iterator[Tensor]:
@@ -138,6 +145,9 @@ class Quadratic(Pull):
             for w, before, result in zip(x.pieces, last.pieces, results, strict=True):
                 _quadratic_into(result, w, quantizer.assign(before, fitted), strength)
             last = x.holding(results)
+        if last is x:
+            yield from super().pull_(x, quantizer, strength, given, clipped)
+            return
         fitted = quantizer.fit(last, given)
         for w, before in zip(x.pieces, last.pieces, strict=True):
             _quadratic_into(w, w, quantizer.assign(before, fitted), strength)

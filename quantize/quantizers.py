@@ -58,6 +58,10 @@ class Quantizer:
         """The level of each weight, elementwise; a new tensor of the same dtype."""
         raise NotImplementedError
 
+    def add_times_(self, w: Tensor, factor: float, fitted: Fitted) -> None:
+        """Adds so many times the level of each weight to it, in place."""
+        w.add_(self.assign(w, fitted).mul_(factor))
+
     def levels(self, fitted: Fitted) -> list[Tensor]:
         """The levels of each group in increasing order."""
         raise NotImplementedError
@@ -84,6 +88,9 @@ class Binary(Quantizer):
     def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
         return sign(w)
 
+    def add_times_(self, w: Tensor, factor: float, fitted: Fitted) -> None:
+        w.add_(at_least(w, 0.0).sub_(0.5), alpha=2 * factor)  # half the sign, twice as often: an operation fewer
+
     def levels(self, fitted: Fitted) -> list[Tensor]:
         return [torch.tensor(-1.0), torch.tensor(1.0)]
 
@@ -106,18 +113,28 @@ class Ternary(Quantizer):
     def fit(self, x: Groups, given: Any = None) -> Fitted:
         dtype = wide(x.pieces[0]).dtype
         threshold = _above_zero((0.7 * x.mean(lambda w: wide(w).abs())).to(dtype))
+        lower = -threshold
 
         def sides(w: Tensor) -> Iterator[Tensor]:
             w = wide(w)
-            for side in (at_least(w, threshold), at_most(w, -threshold)):
-                yield side
-                yield side.mul_(w)
+            for side, bound in ((at_least, threshold), (at_most, lower)):
+                entries = side(w, bound)
+                yield entries
+                yield entries.mul_(w)
 
         high_count, high_sum, low_count, low_sum = x.sums(sides)
         return threshold, (high_sum / high_count.clamp(min=1)).to(dtype), (low_sum / low_count.clamp(min=1)).to(dtype)
 
     def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
         return _ternary(w, *fitted)
+
+    def add_times_(self, w: Tensor, factor: float, fitted: Fitted) -> None:
+        if w is not wide(w):
+            super().add_times_(w, factor, fitted)
+        else:  # the same to the last bit, with two operations fewer
+            threshold, high_level, low_level = fitted
+            high, low = at_least(w, threshold), at_most(w, -threshold)
+            w.addcmul_(high, high_level * factor).addcmul_(low, low_level * factor)
 
     def levels(self, fitted: Fitted) -> list[Tensor]:
         _, high, low = fitted
@@ -172,6 +189,7 @@ class StochasticBinary(Binary):
     name = "stochastic"
     at_ends = False
     given = "draw"
+    add_times_ = Quantizer.add_times_
 
     def fit(self, x: Groups, given: torch.Generator | None = None) -> Fitted:
         """``given``: the generator that is drawn from."""
