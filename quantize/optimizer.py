@@ -148,8 +148,6 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             projection.hold(value)
         self._show()
 
-    @torch.compiler.disable  # in a compiled training step this is where the graph ends: the work is in place, piece by piece
-    @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One step of the base optimizer on the latent weights, with the mode's projection and clip, see the package's table.
 
@@ -158,6 +156,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         Args:
             closure: evaluates the model and returns the loss, as in torch; called once, at the weights that the model shows.
         """
+        return self._step_outside_graphs(self, closure)
+
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Tensor] | None) -> Tensor | None:
         self._refuse_while_quantized("step()")
         loss = None
         if closure is not None:
@@ -339,6 +341,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for name in ("step_pre", "step_post", "state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             setattr(self, f"_optimizer_{name}_hooks", OrderedDict())
         self._patch_step_function()  # torch's: step() then calls its hooks
+        # In a compiled training step this is where the graph ends: the work is in place, piece by piece. Said here and not above
+        # the method, since it imports torch's compiler, which takes as long as torch. The base optimizer has imported it by now.
+        self._step_outside_graphs = torch.compiler.disable(type(self)._step)
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return [pair for one in self._projections for pair in zip(one.names, one.parameters, strict=True)]

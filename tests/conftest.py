@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -31,15 +31,19 @@ def until(condition: Callable[[], bool], process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def run_main(*arguments: object, cwd: Path = ROOT, check: int | None = 0, timeout: float = PATIENCE) -> subprocess.CompletedProcess:
+def run_main(*arguments: object, cwd: Path = ROOT, check: int | None = 0, python: str | None = None) -> subprocess.CompletedProcess:
     """Runs the script as a user does; fails the test if the exit status is not ``check``."""
-    command = [sys.executable, str(MAIN), *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    process = start_main(*arguments, cwd=cwd, python=python, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    printed, said = process.communicate(timeout=PATIENCE)
     if check is not None:
-        assert done.returncode == check, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-    return done
+        assert process.returncode == check, f"{' '.join(process.args)}\n{printed}\n{said}"
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, said)
+
+
+def start_main(*arguments: object, python: str | None = None, cwd: Path = ROOT, **options: object) -> subprocess.Popen:
+    """Starts the script; by a fork, see ``forks``, where ``python`` is not given."""
+    command = [python or forks.python(), str(MAIN), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=cwd, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
 
 
 def make_class_folders(folder: Path, train: int = 8, test: int = 3, extension: str = "png") -> None:

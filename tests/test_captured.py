@@ -5,8 +5,8 @@ import functools
 import os
 import re
 import subprocess
-import sys
 
+import forks
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, run_main
@@ -178,7 +178,7 @@ sys.exit(main_binary_reg.main(sys.argv[1:]))
 
 def run_on_tape(tiny_data, results, *arguments):
     common = ["--dataset", "cifar10", "--data_dir", tiny_data, "--model_config", "{'depth': 8}", "--precision", "fp32"]
-    command = [sys.executable, "-c", ON_TAPE, *common, "--batch-size", "25", "--results_dir", results, "--capture", *arguments]
+    command = [forks.python(), "-c", ON_TAPE, *common, "--batch-size", "25", "--results_dir", results, "--capture", *arguments]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment, timeout=PATIENCE)

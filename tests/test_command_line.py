@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from conftest import MAIN, PATIENCE, ROOT, run_main, until
+from conftest import PATIENCE, ROOT, run_main, start_main, until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
@@ -217,10 +218,10 @@ def test_other_arguments_into_a_used_folder(place):
 
 
 def test_unnamed_runs_never_share_a_folder(place, tmp_path):
-    command = [sys.executable, str(MAIN), *map(str, arguments(place, "--epochs", 1))]
-    command[command.index("--results_dir") + 1] = str(tmp_path)
-    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(3)]
-    assert [process.wait(timeout=PATIENCE) for process in both] == [0, 0, 0]
+    options = arguments(place, "--epochs", 1)
+    options[options.index("--results_dir") + 1] = tmp_path
+    all_three = [start_main(*options, stdout=subprocess.DEVNULL) for _ in range(3)]
+    assert [process.wait(timeout=PATIENCE) for process in all_three] == [0, 0, 0]
     folders = sorted(tmp_path.iterdir())
     assert len(folders) == 3
     assert all(len(rows(folder)) == 1 for folder in folders)
@@ -234,7 +235,8 @@ def test_an_interrupted_run_continues_to_the_same_end(place, number, epoch):
     run_main(*arguments(place, *options, "--save", whole.name))
 
     mark = place["results"] / f"waits_for_{number.name}"
-    command = [sys.executable, str(ROOT / "tests" / "waiting.py"), str(mark), str(epoch), "3"]
+    python = sys.executable if number == signal.SIGTERM else forks.python()
+    command = [python, str(ROOT / "tests" / "waiting.py"), str(mark), str(epoch), "3"]
     command += map(str, arguments(place, *options, "--save", broken.name))
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     until(mark.exists, process)
@@ -266,8 +268,7 @@ def test_an_interrupted_run_continues_to_the_same_end(place, number, epoch):
 
 def test_two_processes_on_one_folder(place):
     options = arguments(place, "--save", "locked", "--epochs", 500)
-    command = [sys.executable, str(MAIN), *map(str, options)]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    first = start_main(*options, python=sys.executable, stdout=subprocess.DEVNULL)
     try:
         until((place["results"] / "locked" / "checkpoint.pth.tar").exists, first)
         first.send_signal(signal.SIGSTOP)  # it does not come to its end while the second one looks
@@ -276,13 +277,11 @@ def test_two_processes_on_one_folder(place):
     finally:
         first.kill()
         first.wait()
-    third = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert "continuing" in third.stdout.readline()  # the lock died with its owner
-    finally:
-        third.kill()
-        third.wait()
-        third.stdout.close()
+    third = start_main(*options, stdout=subprocess.PIPE)
+    line = third.stdout.readline()
+    third.terminate()
+    third.communicate(timeout=PATIENCE)
+    assert "continuing" in line  # the lock died with its owner
 
 
 def test_a_diverging_run_stops_and_keeps_its_checkpoint(place):
@@ -296,7 +295,7 @@ def test_a_diverging_run_stops_and_keeps_its_checkpoint(place):
 
 def test_long_epochs_are_saved_inside(place):
     options = arguments(place, "--save", "minutes", "--epochs", 200, "--batch-size", 1, "--checkpoint_minutes", "0.0001")
-    process = subprocess.Popen([sys.executable, str(MAIN), *map(str, options)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = start_main(*options, python=sys.executable, stdout=subprocess.DEVNULL)
     folder = place["results"] / "minutes"
     until((folder / "checkpoint.previous.pth.tar").exists, process)
     process.kill()
@@ -304,11 +303,10 @@ def test_long_epochs_are_saved_inside(place):
     saved = [load(folder, name) for name in ("checkpoint.pth.tar", "checkpoint.previous.pth.tar") if (folder / name).exists()]
     inside = [content["step"] for content in saved if content["step"]]
     assert inside  # of two checkpoints in a row at most one is that of a whole epoch
-    done = subprocess.Popen([sys.executable, str(MAIN), *map(str, options)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    line = done.stdout.readline()
-    done.kill()
-    done.wait()
-    done.stdout.close()
+    again = start_main(*options, stdout=subprocess.PIPE)
+    line = again.stdout.readline()
+    again.terminate()
+    again.communicate(timeout=PATIENCE)
     assert f"continuing in epoch {saved[0]['epoch'] + 1}, after step {saved[0]['step']}/80" in line
 
 
@@ -335,8 +333,7 @@ def test_a_full_disk_stops_the_run_and_spares_the_last_good_checkpoint(place, tm
 def test_a_vanished_folder_stops_the_run(place):
     """Moved away under the run: one line, and what had been saved is whole and can be continued where it comes back."""
     options = arguments(place, "--save", "vanishing", "--epochs", 400, "--lr", "0.01")
-    command = [sys.executable, str(MAIN), *map(str, options)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start_main(*options, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     folder, away = place["results"] / "vanishing", place["results"] / "away"
     until((folder / "checkpoint.previous.pth.tar").exists, process)
     folder.rename(away)
@@ -347,7 +344,7 @@ def test_a_vanished_folder_stops_the_run(place):
     latest = [name for name in ("checkpoint.pth.tar", "checkpoint.previous.pth.tar") if (away / name).exists()]
     saved = load(away, latest[0])  # between two renamings there is only the one before
     away.rename(folder)
-    again = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    again = start_main(*options, stdout=subprocess.PIPE)
     assert f"continuing in epoch {saved['epoch'] + 1}" in again.stdout.readline()
     again.terminate()
     again.communicate(timeout=PATIENCE)
@@ -432,8 +429,7 @@ def test_held_out_images_are_validated_on_and_not_trained_on(place):
 def test_an_unnamed_run_says_how_it_continues(place, tmp_path):
     options = arguments(place, "--epochs", 300, "--lr", "0.01")
     options[options.index("--results_dir") + 1] = tmp_path
-    command = [sys.executable, str(MAIN), *map(str, options)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = start_main(*options, stdout=subprocess.PIPE)
     for line in process.stdout:
         if line.startswith("epoch 1/"):
             process.terminate()
@@ -441,7 +437,7 @@ def test_an_unnamed_run_says_how_it_continues(place, tmp_path):
     process.wait(timeout=PATIENCE)
     assert f"the same command with --save {folder.name} continues" in (folder / "log.txt").read_text()
     epoch = load(folder)["epoch"]
-    again = subprocess.Popen([*command, "--save", folder.name], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    again = start_main(*options, "--save", folder.name, stdout=subprocess.PIPE)
     assert f"continuing in epoch {epoch + 1}" in again.stdout.readline()
     again.terminate()
     again.communicate(timeout=PATIENCE)
@@ -470,8 +466,8 @@ def test_a_signal_to_the_whole_group_saves_an_imagenet_run(imagenet, tmp_path, n
     """As from Ctrl-C, torchrun or a cluster's manager: the processes that decode images get it too, and must not fall over it."""
     options = ("--dataset", "imagenet", "--data_dir", imagenet, "--results_dir", tmp_path, "--input_size", 40, "--workers", 2)
     options = (*options, "--batch-size", 4, "--save", "run", "--epochs", 50, "--precision", "fp32", "--print-freq", 1)
-    command = [sys.executable, str(MAIN), *map(str, options)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = start_main(*options, python=sys.executable, start_new_session=True, **output)
     log = tmp_path / "run" / "log.txt"
     until(lambda: log.exists() and "epoch 1/50, step 3/50" in log.read_text(), process)
     os.killpg(process.pid, number)

@@ -7,11 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
 import worker
-from conftest import MAIN, PATIENCE, ROOT, until
+from conftest import PATIENCE, ROOT, run_main, until
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,9 +28,12 @@ NETWORK = ("--model_config", "{'depth': 8}", "--dataset", "cifar10", "--batch-si
 LAZY = ("--projection_mode", "lazy", "--optimizer", "Adam", "--lr", "0.01", "--epochs", "4", "--freeze_epoch", "2")
 
 
-def torchrun(script: Path, *arguments: object, options: tuple[str, ...] = (), fault: str = "") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options, script, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "FAULT": fault}
+def torchrun(
+    script: Path, *arguments: object, options: tuple[str, ...] = (), fault: str = "", python: str | None = None
+) -> subprocess.CompletedProcess:
+    python = python or forks.python()
+    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options, script, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python, "FAULT": fault}
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE, env=environment)
 
 
@@ -43,7 +47,7 @@ def train_two(out: Path, results: Path, data: Path, save: str, **more: object) -
 def undisturbed(tmp_path_factory, tiny_data) -> tuple[Path, Path]:
     """Results and notes of a run in two processes."""
     results, out = tmp_path_factory.mktemp("results"), tmp_path_factory.mktemp("notes")
-    done = train_two(out, results, tiny_data, "whole")
+    done = train_two(out, results, tiny_data, "whole", python=sys.executable)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("done, best error") == 1  # said by one process
     return results, out
@@ -127,8 +131,7 @@ def test_no_thread_is_left_at_the_end(undisturbed):
 def test_the_recorded_score_is_that_of_one_process(undisturbed, tiny_data):
     results, _ = undisturbed
     best = torch.load(results / "whole" / "model_best.pth.tar", weights_only=True)
-    command = [sys.executable, MAIN, "--evaluate", results / "whole", "--data_dir", tiny_data, "--precision", "fp32"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    done = run_main("--evaluate", results / "whole", "--data_dir", tiny_data, "--precision", "fp32")
     assert f"hard-quantized: loss {best['results']['val_loss_bin']:.6f}" in done.stdout
     assert f"top-1 error {100 - best['best_prec1']:.2f}%" in done.stdout
 
@@ -174,7 +177,8 @@ def test_a_signal_saves_in_all_processes_at_one_step(undisturbed, tiny_data, tmp
     code = "import sys; from training.processes import launch; sys.exit(launch(sys.argv[1:], 2))"
     command = list(map(str, [sys.executable, "-c", code, WORKER, tmp_path, "train", *arguments]))
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "WAIT": "0 5"}, **output)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": forks.python()}
+    process = subprocess.Popen(command, cwd=ROOT, env={**environment, "WAIT": "0 5"}, **output)
     until((tmp_path / "waits").exists, process)
     process.send_signal(signal.SIGUSR1)
     output, _ = process.communicate(timeout=PATIENCE)
@@ -183,7 +187,7 @@ def test_a_signal_saves_in_all_processes_at_one_step(undisturbed, tiny_data, tmp
     saved = checkpoint(tmp_path / "stopped")
     assert (saved["epoch"], saved["step"]) == (1, 2)
     assert_no_thread_left(tmp_path)
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert again.returncode == 0, again.stdout + again.stderr
     assert_same_run(whole / "whole", tmp_path / "stopped")
 

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import forks
 import pytest
 import torch
 from conftest import MAIN, PATIENCE, ROOT
@@ -78,8 +79,9 @@ def test_what_is_saved_of_a_diverging_run_is_finite_and_the_same_command_works_a
     options += ["--checkpoint_minutes", "1e-9" if saved_by == "time" else "0"]
     script = [MAIN] if saved_by == "time" else ["-c", SIGNALLED]
     for attempt in range(2):
-        command = list(map(str, [sys.executable, *script, *options]))
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+        command = list(map(str, [forks.python(), *script, *options]))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=environment)
         assert done.returncode == 1, done.stdout + done.stderr
         assert "finite" in done.stderr
         assert ("continuing in epoch 2" in done.stdout) == (attempt == 1)

@@ -14,6 +14,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -37,7 +38,7 @@ WHOLE = {"EPOCHS": "", "FREEZE_EPOCH": ""}  # for the schedule's own
 
 def environment(folder: Path, data: Path, **more: str) -> dict[str, str]:
     settings = {
-        "PYTHON": sys.executable,
+        "PYTHON": forks.python(),
         "DEPTH": "8",
         "EPOCHS": "2",
         "FREEZE_EPOCH": "1",

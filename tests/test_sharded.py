@@ -2,8 +2,8 @@
 
 import os
 import subprocess
-import sys
 
+import forks
 from conftest import PATIENCE, ROOT
 
 import quantize
@@ -12,7 +12,7 @@ import quantize
 def in_processes(count: int, *arguments: object) -> set[str]:
     """What sharded_worker.py did: the modes that it went through, without a difference."""
     command = [
-        sys.executable,
+        forks.python(),
         "-m",
         "torch.distributed.run",
         "--standalone",
@@ -20,7 +20,7 @@ def in_processes(count: int, *arguments: object) -> set[str]:
         count,
         ROOT / "tests" / "sharded_worker.py",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": forks.python()}
     done = subprocess.run([*map(str, (*command, *arguments))], capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return {line.split()[0] for line in done.stdout.splitlines()}
