@@ -29,10 +29,11 @@ LAZY = ("--projection_mode", "lazy", "--optimizer", "Adam", "--lr", "0.01", "--e
 
 
 def torchrun(
-    script: Path, *arguments: object, options: tuple[str, ...] = (), fault: str = "", python: str | None = None
+    script: Path, *arguments: object, options: tuple[str, ...] = (), fault: str = "", python: str | None = None, count: int = 2
 ) -> subprocess.CompletedProcess:
     python = python or forks.python()
-    command = [python, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options, script, *arguments]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", count]
+    command = [python, *several, *options, script, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python, "FAULT": fault}
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=PATIENCE, env=environment)
 
@@ -155,6 +156,18 @@ def test_torchrun_restarts_a_job_by_itself(undisturbed, tiny_data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "continuing in epoch 3" in done.stdout
     assert_same_run(whole / "whole", tmp_path / "broken")
+
+
+def test_three_processes_continue_inside_an_epoch_to_the_same_end(tiny_data, tmp_path):
+    """More than two sum in an order that depends on where DistributedDataParallel has laid a gradient."""
+    arguments = (*NETWORK, "--batch-size", "16", "--epochs", "1", "--data_dir", tiny_data, "--results_dir", tmp_path)
+    arguments = (tmp_path, "train", *arguments, "--checkpoint_minutes", "0.00001", "--save")
+    whole = torchrun(WORKER, *arguments, "whole", count=3)
+    assert whole.returncode == 0, whole.stderr
+    broken = torchrun(WORKER, *arguments, "broken", count=3, fault="2 4", options=("--max-restarts", "1"))
+    assert broken.returncode == 0, broken.stderr
+    assert "continuing in epoch 1, after step 3/5" in broken.stdout
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_processes_that_do_not_see_one_folder_stop(undisturbed, tiny_data, tmp_path):

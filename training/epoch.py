@@ -96,10 +96,13 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
     try:
         words = f"epoch {state.epoch + 1}/{args.epochs}"
         progress = loops.Progress(words, job.sets.train, state, args.print_freq, shown=job.processes.first)
+        network = job.processes.averaging(job.network)
+        if job.processes.share.count > 2 and 0 < state.step < len(job.sets.train):
+            loops.rehearse(state, network, job.precision, job.sets.train)
         step = job.captured_step or functools.partial(
             loops.train_step,
             state.task,
-            job.processes.averaging(job.network),
+            network,
             optimizer,
             job.precision,
             state.meter,

@@ -1,5 +1,6 @@
 """One pass over the data: training, or validation. Neither knows which projection mode runs."""
 
+import contextlib
 import math
 import signal
 import time
@@ -105,6 +106,24 @@ def train_step(
     optimizer.step()
     if weight:
         meter.update(output, targets, loss)
+
+
+def rehearse(state: State, network: Network, precision: Precision, batches: Batches) -> None:
+    """Forward and backward of the next batch, and nothing of it is kept: for several processes that go on inside an epoch.
+
+    After its first step DistributedDataParallel lays the gradients out anew, in the order in which they came, and where an entry
+    lies decides in which order more than two processes sum it. This makes the layout that the undisturbed run has by then.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in state.model.buffers()]
+    state.model.train()
+    with torch.random.fork_rng(), contextlib.closing(batches.epoch(state.epoch, state.step)) as following:
+        inputs, targets = next(following)
+        with precision.autocast():
+            _, loss = state.task.forward(network, inputs, targets, [tensor.clone() for tensor in state.carried])
+        loss.backward()
+    state.optimizer.zero_grad()
+    for buffer, before in buffers:
+        buffer.copy_(before)
 
 
 def train(state: State, step: Step, batches: Batches, between_steps: Callable[[], None]) -> None:
