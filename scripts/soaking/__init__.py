@@ -1,0 +1,1 @@
+"""What soak.py needs: starting and killing, and comparing what runs end with."""

@@ -1,0 +1,108 @@
+"""Commands of this repository as processes that can be killed: started as a user does, or forked from this process.
+
+A fork has torch imported already, which is most of what a start costs; the script's own ``main`` runs in it as in any process.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from multiprocessing.context import ForkProcess
+from pathlib import Path
+from typing import Protocol
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Job(Protocol):
+    """Attributes:
+    pids: of the processes that run the script (of those that torchrun starts, torchrun's own).
+    """
+
+    pids: list[int]
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        """The exit status once all have ended, -9 after a kill; None if that takes longer than so many seconds."""
+        ...
+
+    def kill(self, which: int | None = None) -> None:
+        """SIGKILL to one of the processes, or to all."""
+        ...
+
+
+class Started:
+    """A command as a user starts it; more than one process by torchrun, which are killed together."""
+
+    def __init__(self, script: Path, words: Sequence[str], output: Path, count: int = 1) -> None:
+        several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else []
+        with open(output, "a") as file:
+            command = [sys.executable, *several, str(script), *words]
+            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        self.pids = [self._process.pid]
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        try:
+            return self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def kill(self, which: int | None = None) -> None:
+        os.killpg(self._process.pid, signal.SIGKILL)
+
+
+class Forked:
+    """The same in forks of this process, which must not have started threads; more than one without torchrun between them."""
+
+    def __init__(self, script: Path, words: Sequence[str], output: Path, count: int = 1) -> None:
+        port = _free_port() if count > 1 else 0
+        fork = multiprocessing.get_context("fork")
+        self._all: list[ForkProcess] = []
+        for rank in range(count):
+            environment = {} if count == 1 else {
+                "TORCHELASTIC_RUN_ID": "soak", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            }  # fmt: skip
+            process = fork.Process(target=_run, args=(script, list(words), output, environment))
+            process.start()
+            self._all.append(process)
+        self.pids = [process.pid for process in self._all]
+
+    def wait(self, seconds: float | None = None) -> int | None:
+        until = None if seconds is None else time.monotonic() + seconds
+        for process in self._all:
+            process.join(None if until is None else max(0.0, until - time.monotonic()))
+        found = [process.exitcode for process in self._all]
+        return None if None in found else min(found) or max(found)
+
+    def kill(self, which: int | None = None) -> None:
+        for process in self._all if which is None else [self._all[which]]:
+            process.kill()
+
+
+def _run(script: Path, words: list[str], output: Path, environment: dict[str, str]) -> None:
+    """In the fork: the script's ``main``, with its output in a file."""
+    os.setsid()
+    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    sys.argv = [str(script), *words]
+    sys.exit(module_of(script).main(words))
+
+
+def module_of(script: Path):
+    """The script as a module; also what is imported before the first fork."""
+    if str(script.parent) not in sys.path:
+        sys.path.insert(0, str(script.parent))
+    return importlib.import_module(script.stem)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
