@@ -1,6 +1,7 @@
 """What every part may know and is small: the user's error, files that are whole or not there, the device, the seeds, counting."""
 
 import contextlib
+import math
 import os
 import random
 import re
@@ -15,6 +16,14 @@ from torch import Tensor
 
 class UsageError(Exception):
     """Bad input, said in one line that names the option or file, what it holds and what would be accepted."""
+
+
+def is_finite(number: int | float) -> bool:
+    """Whether it is a finite float, or a whole number that one can come near to."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 class CannotWrite(Exception):

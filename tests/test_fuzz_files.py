@@ -283,6 +283,7 @@ def run(tmp_path_factory) -> Iterator[Path]:
         evaluation_load = evaluation.load_data
         patch.setattr(evaluation, "load_data", load_once)
         patch.setattr(main_binary_reg, "load_data", load_once)
+        patch.setattr(main_binary_reg.computing, "keep_freed_memory", lambda: None)
         patch.setattr(main_binary_reg, "train_epoch", stopping(loops.Interrupted(signal.SIGTERM)))
         assert main_binary_reg.main([*TRAIN, "--results_dir", str(folder), "--save", "run"]) == 128 + signal.SIGTERM
         patch.setattr(main_binary_reg, "train_epoch", stopping(Reached()))

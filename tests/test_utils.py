@@ -78,3 +78,19 @@ def test_a_compiled_step_is_the_eager_one_to_rounding():
     network = computing.CompiledNetwork(eager, length=5)
     torch.testing.assert_close(network(images), expected, rtol=1e-5, atol=1e-5)
     assert network(images[:3]).shape == (3, 3)
+
+
+def test_a_run_that_shares_its_cores_is_told_what_to_set():
+    shared = computing.shared_cores(threads=8, cores=8, load=19.6, worked=36.0, seconds=10.0)
+    assert "19.6 threads want to run on 8" in shared
+    assert "its 8 had 3.6 of them" in shared
+    assert "OMP_NUM_THREADS=1" in shared
+    alone = {"threads": 8, "cores": 8, "load": 8.4, "worked": 36.0, "seconds": 10.0}
+    assert computing.shared_cores(**alone) is None  # a network too small to keep its threads at work
+    for other in ({"threads": 1}, {"worked": 75.0}, {"worked": 0.1, "seconds": 0.0}, {"seconds": 4.0}):
+        assert computing.shared_cores(**{**alone, "load": 19.6, **other}) is None
+
+
+def test_a_number_beyond_all_floats_is_not_finite():
+    assert utils.is_finite(2**1000)
+    assert not any(map(utils.is_finite, (10**400, -(10**400), float("inf"), float("nan"))))

@@ -2,14 +2,14 @@
 
 import argparse
 import ast
-import math
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 import quantize
 from training import tasks
-from utils import UsageError
+from utils import UsageError, is_finite
 
 DESCRIPTION = """\
 Trains a ResNet, or an LSTM on text, in full precision or toward quantized weights (ProxQuant, BinaryConnect), logs to TensorBoard,
@@ -75,7 +75,7 @@ def _number(kind: Callable[[str], Any], accepts: Callable[[Any], bool], words: s
             value = kind(text)
         except (ValueError, OverflowError):
             value = None
-        if value is None or not math.isfinite(value) or not accepts(value):
+        if value is None or not is_finite(value) or not accepts(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not accepted: {words} is needed")
         return value
 
@@ -129,7 +129,7 @@ def _word_from(choices: Collection[str]) -> Callable[[str], str]:
 
 
 def _file_name(text: str) -> str:
-    if text in ("", ".", "..") or "/" in text or "\0" in text:
+    if text in ("", ".", "..") or "/" in text or "\0" in text or _too_long(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: the name of one folder inside --results_dir is needed")
     return text
 
@@ -137,7 +137,15 @@ def _file_name(text: str) -> str:
 def _path(text: str) -> str:
     if not text or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a path is needed")
+    if _too_long(text):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r}... is too long for a path")
     return text
+
+
+def _too_long(text: str) -> bool:
+    """More bytes than a file system takes: 255 in a name; of the 4,096 in a path half is left for what goes below it."""
+    path = os.fsencode(text)
+    return len(path) > 2048 or any(len(name) > 255 for name in path.split(b"/"))
 
 
 _COUNT = _number(int, lambda value: 1 <= value < 2**31, "a whole number from 1 up")

@@ -130,6 +130,28 @@ def decide(
     return precision, computed, warnings
 
 
+def shared_cores(threads: int, cores: int, load: float, worked: float, seconds: float) -> str | None:
+    """What to say where a run shares the machine's cores with other work and would be faster with one thread; else None.
+
+    A thread that has done its part of an operation spins until the others have done theirs. Where one of those waits for a core,
+    all wait for it: a small network's steps become tens of times slower.
+
+    Args:
+        threads: that an operation is divided among.
+        cores: of the machine.
+        load: how many threads wanted to run on the machine in the last minute, this run's among them.
+        worked: seconds of all this process's threads on a core.
+        seconds: that passed meanwhile. The load says nothing of less than a few.
+    """
+    got = worked / max(seconds, 1e-9)
+    if threads == 1 or seconds < 5 or load < 1.25 * cores or got > 0.8 * threads:
+        return None
+    return (
+        f"this run shares its cores: {load:.1f} threads want to run on {cores}, and its {threads} had {got:.1f} of them; "
+        "OMP_NUM_THREADS=1 makes a small network faster then"
+    )
+
+
 class CompiledNetwork(nn.Module):
     """A network's training forward pass, compiled for inputs of one length; those of another go through the network itself.
 

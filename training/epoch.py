@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import os
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ import data
 import quantize
 from sources.batches import Batches
 from training import captured, checkpoints, loops, regimes, tracking
-from training.computing import Precision
+from training.computing import Precision, shared_cores
 from training.folder import Run
-from training.log import log
+from training.log import log, warn
 from training.processes import Processes
 from training.state import State
 from utils import UsageError
@@ -108,8 +109,11 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
             state.meter,
             state.carried,
         )
+        clocks = time.perf_counter(), time.process_time()
         with progress:
             loops.train(state, step, job.sets.train, lambda: between_steps(job, state, progress))
+        if state.epoch == args.start_epoch and job.processes.first and job.device.type == "cpu":
+            warn_of_shared_cores(*clocks)
         state.require_finite()  # before it can be the best network
         job.processes.align(state.model.buffers())  # BatchNorm's: each process has counted only its share of the last batch
         row = {"epoch": state.epoch + 1, "lr": settings["lr"]}
@@ -131,6 +135,14 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
     finally:
         state.seconds = time.perf_counter() - began
     return {**row, "seconds": round(state.seconds, 3)}
+
+
+def warn_of_shared_cores(began: float, worked_before: float) -> None:
+    """A warning where the training since these times of ``perf_counter`` and ``process_time`` has shared its cores."""
+    seconds, worked = time.perf_counter() - began, time.process_time() - worked_before
+    line = shared_cores(torch.get_num_threads(), os.cpu_count() or 1, os.getloadavg()[0], worked, seconds)
+    if line:
+        warn(line)
 
 
 def between_steps(job: Job, state: State, progress: loops.Progress) -> None:

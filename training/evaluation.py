@@ -122,7 +122,7 @@ def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict
     if "optimizer" in content and content.get("projection_mode") == mode.name:
         try:
             optimizer.load_state_dict(content["optimizer"])
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        except (LookupError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise UsageError(f"the checkpoint's optimizer is not this network's ({' '.join(str(error).split())[:200]})") from None
     optimizer.freeze()
     return True

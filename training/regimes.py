@@ -8,7 +8,6 @@ memory of its own.
 
 import functools
 import inspect
-import math
 import sys
 from argparse import Namespace
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 
-from utils import UsageError
+from utils import UsageError, is_finite
 
 Regime = dict[int, dict[str, Any]]
 History = Sequence[Mapping[str, Any]]  # rows of results.csv, one an epoch
@@ -288,6 +287,6 @@ def _check_values(regime: Regime, typed: Collection[str]) -> None:
 
 
 def _check_own(epoch: int, name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
     if not number or value < 0 or (value == 0 and name == "clip_norm") or (value <= 1 and name == "plateau"):
         raise UsageError(f"--regime: epoch {epoch}: {name} {value!r} is not accepted: {OWN[name]} is needed")

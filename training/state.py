@@ -128,7 +128,7 @@ class State:
             self.optimizer.load_state_dict(content["optimizer"])
             self.start_signs = {name: content["start_signs"][name].to(sign) for name, sign in self.start_signs.items()}
             _set_random_state(content["random"])
-        except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+        except (LookupError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"the checkpoint does not fit this run ({type(error).__name__}: {reason[:200]})") from None
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 from training import checkpoints, regimes
 from training.log import warn
 from training.tasks import Task, check_words
+from utils import is_finite
 
 
 def load(model: nn.Module, resume: str, task: Task, words: Sequence[str] = ()) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def load(model: nn.Module, resume: str, task: Task, words: Sequence[str] = ()) -
     return {
         "path": resume,
         "epoch": epoch if isinstance(epoch, int) else None,
-        "score": score if isinstance(score, int | float) and math.isfinite(score) else None,
+        "score": score if isinstance(score, int | float) and is_finite(score) else None,
         "sha256": checkpoints.sha256_of_weights(content),
         "finished": finished,
         "of_epochs": of_epochs,
