@@ -28,8 +28,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from soaking import ends, jobs
+
 import quantize
-from scripts.soaking import ends, jobs
 from sources.images import CIFAR10_CLASSES
 
 ROOT = Path(__file__).parent.parent
