@@ -106,11 +106,11 @@ class Group:
     @property
     def freeze_epoch(self) -> int | None:
         """Epochs before the freeze; None where it never came."""
-        return next((run.freeze_epoch for run in self.runs if not run.unfrozen), None)
+        return next((run.freeze_epoch for run in self.runs if run.freeze_epoch is not None), None)
 
     @property
     def unfrozen(self) -> bool:
-        """True where no run has a final network of the method."""
+        """True where no run has a network of the method that could be judged."""
         return all(run.unfrozen for run in self.runs)
 
     @property
@@ -150,6 +150,10 @@ class Group:
             "sync_bn",
         )
         return json.dumps([self.identity.get(name) for name in names])
+
+    def judged(self) -> dict[int, float]:
+        """By seed: the measure that the runs are judged by; not of unfrozen runs."""
+        return {run.arguments["seed"]: run.judged for run in self.runs if not run.unfrozen}
 
     def finals(self) -> dict[int, float]:
         """By seed: the measure after the last epoch, of the hard-quantized network where there is one; not of unfrozen runs."""

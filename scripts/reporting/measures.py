@@ -12,6 +12,8 @@ class Measure:
         unit: as it follows a head of a table.
         points: what a difference of two is counted in.
         column: of results.csv; with ``_bin`` behind it that of the hard-quantized network.
+        judged: which epoch's network a run is judged by: the "final" one, or the "best" one on the validation data, where other
+            data are left to test that one on.
         test_column: that of the best network on the test data, filled at the end; None where validation is on the test data.
     """
 
@@ -20,9 +22,10 @@ class Measure:
     unit: str
     points: str
     column: str
+    judged: str = "final"
     test_column: str | None = None
 
 
 ERROR = Measure("error", "errors", " %", "points", "val_error1")
-PERPLEXITY = Measure("perplexity", "perplexities", "", "of perplexity", "val_ppl", "test_ppl")
+PERPLEXITY = Measure("perplexity", "perplexities", "", "of perplexity", "val_ppl", "best", "test_ppl")
 MEASURES = (ERROR, PERPLEXITY)

@@ -72,8 +72,8 @@ class Run:
 
     @property
     def unfrozen(self) -> bool:
-        """True where weights were to be quantized, and were not at the end: there is no final network of the method."""
-        return self.mode is not None and self.freeze_epoch is None
+        """True where the final network is judged, and was to be quantized and is not: there is no figure of the method."""
+        return self.mode is not None and self.freeze_epoch is None and self.measure.judged == "final"
 
     @property
     def measure(self) -> Measure:
@@ -93,6 +93,11 @@ class Run:
     def best(self) -> float:
         """The measure of the best epoch, which is the network in model_best.pth.tar."""
         return min(row[self.score] for row in self.rows if row[self.score] is not None)
+
+    @property
+    def judged(self) -> float:
+        """The measure that the run is judged by."""
+        return self.best if self.measure.judged == "best" else self.final
 
     @cached_property
     def board(self) -> EventAccumulator | None:

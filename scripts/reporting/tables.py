@@ -113,14 +113,15 @@ def sections(groups: Sequence[Group]) -> list[Section]:
 
 
 def compare(section: Section) -> list[Comparison]:
-    """Every pair of groups that were quantized for good by their errors, and two methods by their changes of signs.
+    """Every pair of groups of quantized networks by their errors, and two methods by their changes of signs.
 
     Signs are compared between methods that quantize the same layers only: they change in some layers more than in others.
     """
-    pairs = list(itertools.combinations([group for group in section.groups if group.freeze_epoch is not None], 2))
-    found = [Comparison(b, a, f"final {section.measure.name}", paired(b.finals(), a.finals())) for a, b in pairs]
+    pairs = list(itertools.combinations([group for group in section.groups if group.mode is not None and not group.unfrozen], 2))
+    quantity = f"{section.measure.judged} {section.measure.name}"
+    found = [Comparison(b, a, quantity, paired(b.judged(), a.judged())) for a, b in pairs]
     for a, b in pairs:
-        if a.method != b.method and _same_layers(a, b):
+        if a.method != b.method and _same_layers(a, b) and None not in (a.freeze_epoch, b.freeze_epoch):
             found.append(Comparison(b, a, "sign changes", paired(b.sign_changes(), a.sign_changes())))
     return found
 
@@ -167,21 +168,34 @@ def error_table(section: Section) -> str:
     """The main table: one row a group."""
     measure = section.measure
     tested = any(group.tests() for group in section.groups)
-    heads = ["#", "method", "schedule", section.head("final"), *([f"best epoch's {section.head('test')}"] if tested else []),
-             f"best epoch's {measure.name}{measure.unit}", f"warm start's {measure.name}{measure.unit}", "gap to it",
-             "signs changed at the freeze %"]  # fmt: skip
+    chosen = [] if measure.judged == "best" else [f"best epoch's {measure.name}{measure.unit}"]  # once is enough
+    test = [f"{section.head('test')} there"] if tested else []
+    heads = ["#", "method", "schedule", section.head(measure.judged), *test, *chosen,
+             f"warm start's {measure.name}{measure.unit}", "gap to it", "signs changed at the freeze %"]  # fmt: skip
     rows = []
     for group in section.groups:
-        final, best = group.spread(group.finals()), group.spread(group.bests())
+        judged, best = group.spread(group.judged()), group.spread(group.bests())
         start = gap = NONE
         if group.warm_start:
             name, error = group.warm_start
             start = f"{'?' if error is None else f'{error:.2f}'} ({name})"
-            gap = "?" if error is None or final is None else f"{final.mean - error:+.2f}"
+            gap = "?" if error is None or judged is None else f"{judged.mean - error:+.2f}"
         signs = mean_std_n(group.spread(group.sign_changes()), 1)
-        shown = NEVER_FROZE if group.unfrozen else mean_std_n(final)
+        shown = NEVER_FROZE if group.unfrozen else mean_std_n(judged)
         tests = [mean_std_n(group.spread(group.tests()))] if tested else []
-        rows.append([group.number, group.method, group.schedule, shown, *tests, f"{best.mean:.2f}", start, gap, signs])
+        rows.append(
+            [
+                group.number,
+                group.method,
+                group.schedule,
+                shown,
+                *tests,
+                *([f"{best.mean:.2f}"] if chosen else []),
+                start,
+                gap,
+                signs,
+            ]
+        )
     return table(heads, rows)
 
 
@@ -213,11 +227,11 @@ def comparison_table(found: Sequence[Comparison]) -> str:
 
 def level_rows(section: Section) -> list[Sequence[Any]]:
     """Heads and rows: how well each group's final network does, and how much of it is quantized, and how gently."""
-    heads = ("#", "method", section.head("final"), "quantized", f"within {NEAR} before the freeze", "quantization error then",
-             "and at the end")  # fmt: skip
+    heads = ("#", "method", section.head(section.measure.judged), "quantized", f"within {NEAR} before the freeze",
+             "quantization error then", "and at the end")  # fmt: skip
     rows: list[Sequence[Any]] = [heads]
     for group in section.groups:
-        final = NEVER_FROZE if group.unfrozen else mean_std_n(group.spread(group.finals()))
+        judged = NEVER_FROZE if group.unfrozen else mean_std_n(group.spread(group.judged()))
         run = group.runs[0]
         weights, parameters = (run.quantized or (0, 0))[0], run.parameters
         share = f"{weights / parameters:.1%}" if weights and parameters else NONE
@@ -225,7 +239,7 @@ def level_rows(section: Section) -> list[Sequence[Any]]:
         near_words = f"{near.mean:.1f}%" if near else NONE
         before, end = group.at(group.freeze_epoch, "quant_error"), group.at_the_end("quant_error")
         errors = [mean_std_n(group.spread(values), 3) for values in (before, end)]
-        rows.append([group.number, group.method, final, share, near_words, *errors])
+        rows.append([group.number, group.method, judged, share, near_words, *errors])
     return rows
 
 
@@ -272,7 +286,8 @@ def groups_csv(found: Sequence[Section], note: Note) -> str:
             final = group.spread(group.finals())
             half_width = None if final is None else final.half_width
             start, warm = group.warm_start or (None, None)
-            gap = None if warm is None or final is None else final.mean - warm
+            judged = group.spread(group.judged())
+            gap = None if warm is None or judged is None else judged.mean - warm
             row |= {"warm_start": start}
             for measure in MEASURES:  # each has columns of its own, filled where it is the group's
                 own = measure is section.measure

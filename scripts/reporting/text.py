@@ -55,6 +55,10 @@ _PAPER_TABLE = (
     "network after 300 epochs (ternary: 600) from a full-precision network of 200 epochs, 4 runs. Lines of ours are this report's "
     "groups, by number, each with its number of seeds."
 )
+_JUDGED = {
+    ERROR: "top-1 validation error of the final network",
+    PERPLEXITY: "perplexity of the epoch that is best on the validation text, there and on the test text",
+}
 _MEANS = "mean (standard deviation, n seeds). `0.01 -> 0.001@3`: the rate changes when 3 epochs are trained."
 _LEVEL_TABLE = (
     "The share of the network's weights that is quantized; the share of those that the freeze moved by no more than "
@@ -108,17 +112,17 @@ def answer(
     if not sections:
         return "No run is finished yet: there is nothing to report but the list at the end."
     measures = {section.measure for section in sections}
-    names = [words for measure, words in ((ERROR, "top-1 validation error"), (PERPLEXITY, "perplexity")) if measure in measures]
-    parts = [f"{' and '.join(names).capitalize()} of the final network (hard-quantized where a method quantizes), mean over seeds."]
+    names = [words for measure, words in _JUDGED.items() if measure in measures]
+    parts = [f"{', and '.join(names).capitalize()} (hard-quantized where a method quantizes), mean over seeds."]
     for section, pairs in zip(sections, comparisons, strict=True):
         paper = ["the paper's: CIFAR-10, 200 epochs, then 300 (ternary: 600); (std of 4 runs)"] if section.in_paper else []
         tested = any(group.tests() for group in section.groups)
-        test = [f"best epoch's {section.head('test')}"] if tested else []
+        test = [f"{section.head('test')} there"] if tested else []
         heads = ("#", "method", f"{section.measure.name}{section.measure.unit}", "how sure", *test, *paper, "schedule")
         rows = []
         for group in section.groups:
-            final = group.spread(group.finals())
-            mean = tables.NEVER_FROZE if final is None else f"{final.mean:.2f}"
+            judged = group.spread(group.judged())
+            mean = tables.NEVER_FROZE if judged is None else f"{judged.mean:.2f}"
             test = [tables.mean_std_n(group.spread(group.tests()))] if tested else []
             figure = [tables.mean_std(tables.paper_figure(section, group))] if section.in_paper else []
             rows.append([group.number, group.method, mean, doubt(group), *test, *figure, group.schedule])
@@ -129,8 +133,8 @@ def answer(
 
 
 def doubt(group: Group) -> str:
-    """How far the mean of a group's final errors can be trusted."""
-    errors = group.finals()
+    """How far the mean of what a group is judged by can be trusted."""
+    errors = group.judged()
     found = group.spread(errors)
     if found is None:
         return "its weights were never quantized for good: nothing to compare"
