@@ -378,7 +378,8 @@ def _read_header(content: bytes) -> tuple[dict[str, str], memoryview]:
     """The metadata, and the bytes of the tensors, of a file whose length and checksum are right."""
     length = int.from_bytes(content[:8], "little")
     if len(content) < 10 or length > len(content) - 8:
-        raise PackedError("truncated, or no packed network")
+        claim = f"a header of {length} bytes in a file of {len(content)}"
+        raise PackedError(f"truncated, or no packed network: {claim}")
     if length > _MOST_HEADER:
         raise PackedError(f"a header of {length} bytes: at most {_MOST_HEADER} is accepted")
     header = _parse(content[8 : 8 + length], "its header")

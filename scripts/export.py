@@ -79,8 +79,9 @@ def halved(state: dict[str, Tensor], quantized: set[str], kind: torch.dtype) -> 
     return found
 
 
-def table(packed: packing.Packed, state: dict[str, Tensor], size: int) -> str:
+def table(packed: packing.Packed, state: dict[str, Tensor], content: bytes) -> str:
     """Each quantized tensor, the rest and the sums, beside float32."""
+    size, around = len(content), 8 + int.from_bytes(content[:8], "little") + 4  # the header with its length, and the checksum
     rows = [("tensor", "values", "levels", "bits a weight", "bytes")]
     coded_bytes = coded_count = 0
     for name, value in packed.tensors.items():
@@ -90,12 +91,12 @@ def table(packed: packing.Packed, state: dict[str, Tensor], size: int) -> str:
             levels = f"{value.levels.shape[1]}{' a row' if value.by_row else ''}"
             rows.append((name, f"{count:,}", levels, f"{8 * value.nbytes / count:.2f}", f"{value.nbytes:,}"))
     total = sum(value.numel() for value in state.values())
-    rest = sum(value.nbytes for name, value in packed.tensors.items() if isinstance(value, Tensor))
+    rest = size - around - coded_bytes  # less than they take in memory: a number that tensors share is stored once
     bits = f"{8 * coded_bytes / max(coded_count, 1):.2f}"
     rows.append(("all that is quantized", f"{coded_count:,}", "", bits, f"{coded_bytes:,}"))
     rest_bits = f"{8 * rest / max(total - coded_count, 1):.2f}"
     rows.append(("the rest, with buffers", f"{total - coded_count:,}", "", rest_bits, f"{rest:,}"))
-    rows.append(("names, facts, checksum", "", "", "", f"{size - coded_bytes - rest:,}"))
+    rows.append(("names, facts, checksum", "", "", "", f"{around:,}"))
     rows.append(("the file", f"{total:,}", "", f"{8 * size / total:.2f}", f"{size:,}"))
     rows.append(("in float32", f"{total:,}", "", "32.00", f"{4 * total:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
@@ -139,7 +140,7 @@ def export(args: Namespace, out: Path, half: str | None) -> None:
         out.unlink()
         raise OSError(f"{out}: {differing[0]!r} was not read back as it was written")
     times = sum(value.nbytes for value in state.values()) / len(content)
-    print(table(packed, state, len(content)))
+    print(table(packed, state, content))
     print(f"{out}: {len(content):,} bytes, the tensors take {times:.1f} times that")
     print("read back: every tensor is the same to the last bit")
 

@@ -67,6 +67,9 @@ def test_the_file_is_the_finished_network_in_every_mode(mode_name, frozen, tmp_p
     assert ("not frozen, hard-quantized now" in said) == (not frozen)
     assert "read back: every tensor is the same to the last bit" in said
     assert f"{out.stat().st_size:,} bytes" in said
+    parts = [re.search(rf"^{row} .* ([\d,]+)$", said, re.MULTILINE)[1] for row in ("all that is", "the rest,", "names, facts,")]
+    assert sum(int(part.replace(",", "")) for part in parts) == out.stat().st_size
+    assert int(parts[2].replace(",", "")) == 12 + int.from_bytes(out.read_bytes()[:8], "little")
     found = quantize.load_packed(out)
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
