@@ -236,7 +236,9 @@ def mode(name: str, quantizer: str | None = None, bits: int | None = None, by_ro
         raise ValueError(f"projection_mode {name!r} is not known: {', '.join(MODES)} is accepted")
     found = MODES[name]
     if quantizer is not None and quantizer not in found.choices:
-        raise ValueError(f"quantizer {quantizer}: {name} accepts {', '.join(found.choices)}")
+        others = [one for one, other in MODES.items() if quantizer in other.choices]
+        advice = f"; {quantizer} goes with {', '.join(others)}" if others else ""
+        raise ValueError(f"quantizer {quantizer}: {name} accepts {', '.join(found.choices)}{advice}")
     if bits is not None and not 1 <= bits <= 8:
         raise ValueError(f"bits {bits}: a whole number from 1 to 8 is accepted")
     own = found.shown
@@ -248,9 +250,11 @@ def mode(name: str, quantizer: str | None = None, bits: int | None = None, by_ro
     changes |= {"by_row": True} if by_row else {}
     if changes and not kind.takes_bits:
         which, value = next(iter(changes.items()))
-        takers = ", ".join(one for one, other in QUANTIZERS.items() if other.takes_bits and one in found.choices)
-        advice = f"; with quantizer {takers} it can be chosen" if takers else ""
-        raise ValueError(f"{which} {value}: {name} with the quantizer {kind.name} has levels of its own number and kind{advice}")
+        said = which if value is True else f"{which} {value}"
+        takers = _taking_bits(found)
+        modes = [one for one, other in MODES.items() if _taking_bits(other)]
+        advice = f"the quantizers {', '.join(takers)}" if takers else f"the modes {', '.join(modes)}"
+        raise ValueError(f"{said}: {name} with the quantizer {kind.name} has values of its own; {advice} take it")
     if kind is UniformWithZero and changes.get("bits") == 1:
         raise ValueError("bits 1: uniform_with_zero needs 2 or more")
     if chosen is own and not changes:
@@ -261,3 +265,8 @@ def mode(name: str, quantizer: str | None = None, bits: int | None = None, by_ro
     # ProxConnect's soft pull is for the two signs; toward levels that are themselves taken from the weights it is quadratic.
     pull = Quadratic() if found.any_quantizer and isinstance(found.pull, Soft) and kind is not Binary else found.pull
     return replace(found, quantizer=chosen, pull=pull)
+
+
+def _taking_bits(mode: ProjectionMode) -> list[str]:
+    """The quantizers among a mode's choices whose bits and rows can be chosen."""
+    return [name for name, kind in mode.choices.items() if kind.takes_bits]

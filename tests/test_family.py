@@ -106,7 +106,7 @@ def test_learned_levels_are_watched(tiny_data, tmp_path):
         (("--bits", 2), "--bits 2: nothing is quantized without --projection_mode"),
         (("--projection_mode", "ttq", "--bits", 3), "--bits 3: ttq with the quantizer learned"),
         (("--projection_mode", "prox", "--reg_rate", 1, "--quantizer", "uniform"), "--quantizer uniform: prox accepts binary"),
-        (("--projection_mode", "parq", "--quantizer", "ternary", "--by_row"), "--by_row True: parq with the quantizer ternary"),
+        (("--projection_mode", "parq", "--quantizer", "ternary", "--by_row"), "--by_row: parq with the quantizer ternary"),
         (("--projection_mode", "stoch_bin", "--quantizer", "binary"), "stochastic, exponential"),
         (("--projection_mode", "prox_alt", "--reg_rate", 1, "--bits", 9), "--bits"),
         (("--projection_mode", "prox_alt"), "--reg_rate is needed"),

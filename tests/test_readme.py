@@ -1,6 +1,7 @@
 """README and docs/: the training commands run (shortened), so does the code for one's own model; what the pages name is there."""
 
 import ast
+import contextlib
 import copy
 import functools
 import re
@@ -15,6 +16,8 @@ import data
 import quantize
 from models import MODELS
 from training import arguments, regimes
+from training.arguments import table_of_modes
+from utils import UsageError
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 README, OWN_MODELS, FLAGS = (PAGES[name] for name in ("README.md", "docs/own-models.md", "docs/flags.md"))
@@ -212,7 +215,7 @@ def test_several_methods_in_one_network():
 
 def test_a_new_method():
     setting, found = Quantized(), {}
-    exec(code_with("ProjectionMode"), found)
+    exec(code_with("import Uniform"), found)
     model, mode = setting.model, found["mode"]
     optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), mode.select(model), mode)
     optimizer.set_strength(mode.strength(1e-2, 3))
@@ -221,6 +224,44 @@ def test_a_new_method():
     steps = model[2].weight.unique().diff()
     assert 2 < len(steps) < 16
     assert torch.allclose(steps / steps.min(), (steps / steps.min()).round(), atol=1e-4)
+
+
+def test_a_new_quantizer_of_five_values(tmp_path):
+    """In under 20 lines; it trains, freezes and is exported like those that are there."""
+    code = code_with("class Five")
+    (lines,) = re.findall(r"^class Five.*?(?=^\S(?!lass))", code, re.MULTILINE | re.DOTALL)
+    assert len(lines.strip().splitlines()) < 20
+    setting, found = Quantized(), {}
+    exec(code, found)
+    model, mode = setting.model, found["mode"]
+    assert torch.equal(mode.hard_quantize(torch.zeros(3)), torch.zeros(3))
+    w = torch.tensor([-9.0, -1.0, 0.1, 1.2, 2.6])  # its mean size is 2.78
+    expected = 2.78 * torch.tensor([-2.0, 0, 0, 0, 1])
+    assert torch.allclose(mode.hard_quantize(w), expected)
+    assert mode.hard_quantize(w.bfloat16()).dtype == torch.bfloat16
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), mode.select(model), mode)
+    optimizer.set_strength(mode.strength(1e-2, 3))
+    before = model[2].weight - mode.hard_quantize(model[2].weight)
+    setting.train_one_epoch(model, optimizer)
+    after = model[2].weight - mode.hard_quantize(model[2].weight)
+    assert after.norm() < before.norm()
+    optimizer.freeze()
+    assert len(model[2].weight.unique()) == 5
+    quantize.save_packed(tmp_path / "network", model, optimizer)
+    assert torch.equal(quantize.load_packed(tmp_path / "network")["2.weight"], model[2].weight)
+
+
+@pytest.mark.parametrize("mode_name", ["prox", "ttq"])
+def test_state_goes_through_a_distributed_checkpoint(mode_name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    setting = Quantized()
+    given = run_loop(setting, mode_name, freeze_epoch=20)
+    save, load = code_with("dcp.save").split("# Later")
+    exec(save, given)
+    again = Quantized()
+    given |= run_loop(again, mode_name, epochs=1, freeze_epoch=20)
+    exec(load.partition("\n")[2], given)
+    assert all(torch.equal(value, setting.model.state_dict()[name]) for name, value in again.model.state_dict().items())
 
 
 def test_the_table_of_methods_is_complete():
@@ -249,6 +290,32 @@ def flags() -> list:
 def test_flags_are_the_parsers():
     expected = [f"| {', '.join(f'`{flag}`' for flag in action.option_strings)} | {action.help} |" for action in flags()]
     assert [line for line in FLAGS.split("\n## ")[0].splitlines() if line.startswith("| `-")] == expected
+
+
+def test_the_table_of_projection_modes_is_that_of_the_help():
+    (part,) = (part for part in FLAGS.split("\n## ") if part.startswith("The projection modes"))
+    expected = [f"| `{name}` | {title} | {values} | {rate} |" for name, title, values, rate in table_of_modes(quantize.MODES)]
+    assert [line for line in part.splitlines() if line.startswith("| `")] == expected
+    text = arguments.build_parser(**names()).format_help()
+    assert all(word in text for row in table_of_modes(quantize.MODES) for word in row)
+    free = ", ".join(list(quantize.QUANTIZERS)[:-1])
+    assert f"any of {free} and uniform_with_zero" in part
+    for name, mode in quantize.MODES.items():  # what the table says of a mode is what is accepted
+        for quantizer, kind in quantize.modes.ALL_QUANTIZERS.items():
+            words = ["--projection_mode", name, "--quantizer", quantizer, f"--{mode.schedule.flag or 'epochs'}", "1"]
+            stated = next(values for other, _, values, _ in table_of_modes(quantize.MODES) if other == name)
+            allowed = quantizer in stated.split("; ")[0].split(" or ") or (
+                ", or another" in stated and quantizer in quantize.QUANTIZERS
+            )
+            with (
+                contextlib.nullcontext() if allowed else pytest.raises(UsageError, match=f"--quantizer {quantizer}: {name} accepts")
+            ):
+                arguments.parse(words, **names())
+            if allowed and not kind.takes_bits:
+                with pytest.raises(UsageError, match=f"--bits 3: {name} .* take it$"):
+                    arguments.parse([*words, "--bits", "3"], **names())
+                with pytest.raises(UsageError, match=f"--by_row: {name} .* take it$"):
+                    arguments.parse([*words, "--by_row"], **names())
 
 
 def test_defaults_are_those_of_the_help():

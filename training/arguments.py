@@ -12,8 +12,8 @@ from training import tasks
 from utils import UsageError, is_finite
 
 DESCRIPTION = """\
-Trains a ResNet, or an LSTM on text, in full precision or toward quantized weights (ProxQuant, BinaryConnect), logs to TensorBoard,
-and continues an unfinished run when the same command is given again."""
+Trains a ResNet, or an LSTM on text, in full precision or toward quantized weights (ProxQuant, BinaryConnect), logs to
+TensorBoard, and continues an unfinished run when the same command is given again."""
 
 
 _NOT_TYPED = object()
@@ -161,7 +161,8 @@ def build_parser(
         prog="main_binary_reg.py",
         description=DESCRIPTION,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=118),
+        epilog=_modes_in_words(modes),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=118),
     )
     add = parser.add_argument_group("data and network").add_argument
     add("--dataset", type=_word_from(datasets), default="cifar10", metavar="NAME", help=f"{', '.join(datasets)} (default: cifar10)")
@@ -225,7 +226,8 @@ def build_parser(
     quantizers = {name: kind for mode in modes.values() for name, kind in mode.choices.items()}
     takers = ", ".join(name for name, kind in quantizers.items() if kind.takes_bits)
     add("--projection_mode", type=_word_from(modes), metavar="MODE",
-        help="; ".join(f"{name}: {mode.title}" for name, mode in modes.items()) + " (default: none, full precision)")  # fmt: skip
+        help=f"method of quantization: {', '.join(modes)}; the table below says what each is (default: none, full "
+        "precision)")  # fmt: skip
     add("--quantizer", type=_word_from(quantizers), metavar="NAME",
         help=f"values of the quantized weights: {', '.join(quantizers)} (default: the mode's own; alternating where a mode takes "
         "any and --bits of 2 or more or --by_row is given)")  # fmt: skip
@@ -234,8 +236,8 @@ def build_parser(
     add("--by_row", action="store_true", help="values of their own for each row of a weight tensor, where --bits can be given")
     rated = {flag: [name for name, mode in modes.items() if mode.schedule.flag == flag] for flag in ("reg_rate", "binary_reg")}
     add("--reg_rate", type=_RATE, default=0.0, metavar="R",
-        help=f"{', '.join(rated['reg_rate'])}: strength of a step's pull is lr * R * epoch (prox_connect: R * epoch; needed there; "
-        "default: 0)")  # fmt: skip
+        help=f"{', '.join(rated['reg_rate'])}: strength of a step's pull is lr * R * epoch (prox_connect: R * epoch); needed in "
+        "these modes (default: 0)")  # fmt: skip
     add("--binary_reg", type=_RATE, default=0.0, metavar="S",
         help=f"{', '.join(rated['binary_reg'])}: strength of the projection, 1 is the sign (default: 1)")  # fmt: skip
     add("--adjust_reg", action="store_true", help="multiply the strength by (initial learning rate / current one)")
@@ -278,6 +280,25 @@ def build_parser(
     add("--deterministic", action="store_true", help="bit-identical repetitions on CUDA too, at some cost; the CPU's always are")
     add("--sync_bn", action="store_true", help="several GPUs: BatchNorm statistics over the whole batch, not each GPU's share")
     return parser
+
+
+def table_of_modes(modes: Mapping[str, quantize.ProjectionMode]) -> list[tuple[str, str, str, str]]:
+    """A row for each mode: its name, what it is, the quantizers that it takes and the flag of its strength."""
+    rows = []
+    for name, mode in modes.items():
+        own = mode.shown.name
+        values = f"{own}, or another" if mode.any_quantizer else " or ".join(mode.choices)
+        taking = any(kind.takes_bits for kind in mode.choices.values())
+        rate = f"--{mode.schedule.flag}" + ("" if mode.default_rate else " (needed)") if mode.schedule.flag else "none"
+        rows.append((name, mode.title, values + ("; --bits, --by_row" if taking else ""), rate))
+    return rows
+
+
+def _modes_in_words(modes: Mapping[str, quantize.ProjectionMode]) -> str:
+    lines = ["projection modes, their quantizers (the first is the default), and the flag of their strength:"]
+    for name, title, values, rate in table_of_modes(modes):
+        lines += [f"  {name:14} {title}", f"  {'':14} quantizer: {values}; strength: {rate}"]
+    return "\n".join(lines)
 
 
 def parse(argv: list[str] | None, **names: Any) -> tuple[argparse.Namespace, list[str]]:
@@ -331,10 +352,14 @@ def check(args: argparse.Namespace, mode: quantize.ProjectionMode) -> list[str]:
     tasks.check_model(args.model, args.dataset)
     tasks.task_of(args.dataset).check(args, several=False)
     if args.binary_regime + args.ttq_regime + (args.regime is not None) > 1:
-        raise UsageError("--regime, --binary_regime and --ttq_regime: only one of them can be chosen")
+        words = {"--regime": args.regime, "--binary_regime": args.binary_regime, "--ttq_regime": args.ttq_regime}
+        given = [flag if value is True else f"{flag} {value}" for flag, value in words.items() if value]
+        raise UsageError(f"{' and '.join(given)}: each is a whole regime, one of {', '.join(words)} is accepted")
     for name in ("quantizer", "bits", "by_row") if not mode.projects else ():
         if name in args.typed:
-            raise UsageError(f"--{name} {getattr(args, name)}: nothing is quantized without --projection_mode")
+            value = getattr(args, name)
+            said = name if value is True else f"{name} {value}"
+            raise UsageError(f"--{said}: nothing is quantized without --projection_mode")
     if args.start_epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: a number below --epochs {args.epochs} is needed")
     if args.freeze_epoch >= 0 and args.projection_mode is None:
