@@ -68,9 +68,9 @@ def tiny_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def imagenet(tmp_path_factory) -> Path:
-    """A data folder with 200 + 60 images of many sizes in ImageNet's class folders."""
+    """A data folder with 48 + 32 images of many sizes in ImageNet's class folders."""
     data, random = tmp_path_factory.mktemp("imagenet_data"), np.random.default_rng(0)
-    for split, count in (("train", 50), ("val", 15)):
+    for split, count in (("train", 12), ("val", 8)):
         for index, name in enumerate(("n01", "n02", "n03", "n04")):
             folder = data / "imagenet" / split / name
             folder.mkdir(parents=True)

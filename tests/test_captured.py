@@ -110,7 +110,7 @@ class Training:
         computed = computing.Precision("fp32", device.type)
         self.step = functools.partial(loops.train_step, IMAGES, self.model, self.optimizer, computed, self.meter, [])
         if self.captured:
-            self.step = captured.CapturedStep(self.step, self.optimizer, 6, stream)
+            self.step = captured.CapturedStep(self.step, self.optimizer, 4, stream)
 
     def set_epoch(self, epoch: int, lr: float) -> None:
         self.settings["lr"] = lr
@@ -124,14 +124,14 @@ class Training:
             self.optimizer.set_strength(self.mode.strength(self.mode.default_rate or 0.5, epoch))
 
     def run(self) -> dict[str, Tensor]:
-        """50 steps in five epochs of nine full batches and a smaller one, with new rates and strengths, frozen after the third."""
+        """30 steps in five epochs of five full batches and a smaller one, with new rates and strengths, frozen after the third."""
         random = torch.Generator().manual_seed(1)
         for epoch in range(5):
             if epoch == 3:
                 self.optimizer.freeze()
             self.set_epoch(epoch, RATE / 2**epoch)
-            for step in range(10):
-                images = torch.randn(6 if step < 9 else 4, 3, 32, 32, generator=random, dtype=torch.float64)
+            for step in range(6):
+                images = torch.randn(4 if step < 5 else 3, 3, 32, 32, generator=random, dtype=torch.float64)
                 labels = torch.randint(0, 10, (len(images),), generator=random)
                 self.step(images.to(self.device, memory_format=torch.channels_last), labels.to(self.device), 1.0)
             with self.optimizer.hard_quantized(), torch.no_grad():
@@ -228,7 +228,7 @@ def test_a_captured_run_on_a_gpu(tiny_data, tmp_path, compiled):
 def test_a_recording_is_made_again_where_the_learning_rate_lies_elsewhere():
     stream = TapeStream()
     training = Training(quantize.MODES["prox"], "SGD", stream=stream)
-    images, labels = torch.randn(6, 3, 32, 32, dtype=torch.float64), torch.zeros(6, dtype=torch.long)
+    images, labels = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.zeros(4, dtype=torch.long)
     for rounds in (1, 2):
         for _ in range(captured.WARM_UP + 2):
             training.step(images, labels, 1.0)

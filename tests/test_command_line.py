@@ -483,13 +483,13 @@ def test_a_signal_to_the_whole_group_saves_an_imagenet_run(imagenet, tmp_path, n
 def test_imagenet_from_start_to_end(imagenet, tmp_path, depth):
     """Class folders of images of many sizes, through the main script: frozen, continued and evaluated."""
     network = ("--dataset", "imagenet", "--data_dir", imagenet, "--input_size", 40, "--workers", 2)
-    config = ("--model_config", f"{{'depth': {depth}}}", "--batch-size", 50, "--precision", "fp32")
+    config = ("--model_config", f"{{'depth': {depth}}}", "--batch-size", 12, "--precision", "fp32")
     options = (*network, *config, "--results_dir", tmp_path)
     run_main(*options, "--epochs", 1, "--lr", "0.01", "--save", "fp")
     quantized = ("--save", "prox", "--resume", tmp_path / "fp", "--freeze_epoch", 1, *MODES["prox"])
     run_main(*options, *quantized, "--epochs", 1)
     done = run_main(*options, *quantized, "--epochs", 2)
-    assert "200 training and 60 validation images" in done.stdout
+    assert "48 training and 32 validation images" in done.stdout
     state = load(tmp_path / "prox")["state_dict"]
     assert set(state["layer3.0.conv1.weight"].unique().tolist()) == {-1.0, 1.0}
     assert len(state["layer3.0.downsample.0.weight"].unique()) > 3

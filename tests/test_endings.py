@@ -12,7 +12,7 @@ from conftest import MAIN, PATIENCE, ROOT
 
 import models
 
-IMAGENET = ("--dataset", "imagenet", "--input_size", 40, "--workers", 2, "--batch-size", 50, "--precision", "fp32", "--epochs", 2)
+IMAGENET = ("--dataset", "imagenet", "--input_size", 40, "--workers", 2, "--batch-size", 12, "--precision", "fp32", "--epochs", 2)
 
 
 def run_to_the_end(*arguments: object) -> tuple[int, str]:

@@ -25,6 +25,10 @@ import quantize
 from models import MODELS
 from training import arguments, regimes
 
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import study
+
 SCRIPTS = {
     "train-cifar10-fp.sh": "resnet8",
     "train-cifar10-pq-binary.sh": "resnet8_pq_binary_Adam",
@@ -358,10 +362,7 @@ def test_a_slurm_task_saves_and_is_requeued(tmp_path, number, status, requeued):
 
 def study_arguments(method: str, regime: str, **settings: str) -> dict[str, str]:
     """Flags and values; the value of a switch is nothing."""
-    command = [sys.executable, ROOT / "scripts" / "study.py", "arguments", method, regime]
-    cleared = {name: value for name, value in os.environ.items() if name not in ("EPOCHS", "FREEZE_EPOCH", "LR", "REG_RATE")}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**cleared, **settings})
-    words = done.stdout.splitlines()
+    words = study.arguments(method, regime, study.Wishes.of(settings))
     return {
         word: "" if following.startswith("--") else following
         for word, following in itertools.pairwise([*words, "--"])
@@ -397,10 +398,8 @@ def test_the_freeze_goes_with_the_epochs(method, epochs):
 
 def test_every_mode_can_be_studied():
     names = {"modes": quantize.MODES, "models": MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
-    listed = "import sys; sys.path.insert(0, 'scripts'); import study; print(*study.PUBLISHED)"
-    methods = subprocess.run([sys.executable, "-c", listed], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     modes = set()
-    for method, regime in itertools.product(methods, ("published", "common")):
+    for method, regime in itertools.product(study.PUBLISHED, ("published", "common")):
         found = study_arguments(method, regime)
         parsed, warnings = arguments.parse([word for pair in found.items() for word in pair if word], **names)
         assert warnings == [], method
@@ -505,8 +504,7 @@ def test_shorter_is_never_passed_over(tmp_path, schedule, epochs):
 @pytest.mark.parametrize(("slots", "length"), [(1, 12), (2, 6), (3, 5), (4, 5)])
 def test_how_long_runs_take_side_by_side(slots, length):
     """Runs of 5, 2, 0, 4 and 1 epochs, each begun when a slot is free."""
-    code = f"import sys; sys.path.insert(0, 'scripts'); import study; print(study.one_after_another([5, 2, 0, 4, 1], {slots}))"
-    assert int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout) == length
+    assert study.one_after_another([5, 2, 0, 4, 1], slots) == length
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def in_processes(count: int, *arguments: object) -> set[str]:
 
 
 def test_shards_train_as_the_whole_and_two_processes_continue_as_three(tmp_path):
-    """Float64, 20 steps, in each mode and quantizer; see sharded_worker.py, which compares and raises."""
+    """Float64, 10 steps, in each mode and quantizer; see sharded_worker.py, which compares and raises."""
     sums_suffice = {name for name, mode in quantize.MODES.items() if not mode.quantizer.gathers and mode.drawn is None}
     assert in_processes(2, tmp_path, "save") == sums_suffice
     assert in_processes(3, tmp_path, "load") == sums_suffice
