@@ -177,7 +177,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             projection.before_step(rates, ascending)
         self._base_optimizer.step()
         for projection in self._projections:
-            projection.after_step(rates, at_rest=all(map(_is_zero, rates.values())))
+            projection.after_step(rates)
         torch.clear_autocast_cache()
         return loss
 
@@ -406,8 +406,3 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _refuse_while_quantized(self, call: str) -> None:
         if self._hidden is not None:
             raise RuntimeError(f"{call} inside hard_quantized(): the model does not show the weights in training there")
-
-
-def _is_zero(rate: float | Tensor) -> bool:
-    """Whether a learning rate is 0, as far as that is known without waiting for a device."""
-    return (not isinstance(rate, Tensor) or rate.device.type == "cpu") and float(rate) == 0

@@ -82,12 +82,12 @@ class Projection:
             self._pull_gradients_back(rates, ascending)
         copy(self.latent, self.parameters)
 
-    def after_step(self, rates: Rates, at_rest: bool) -> None:
-        """Clips and pulls the weights that the step has made; ``at_rest``: it has moved none."""
+    def after_step(self, rates: Rates) -> None:
+        """Clips and pulls the weights that the step has made; a step at rate 0 has moved none."""
         for parameter, gradient in zip(self.parameters, self._gradients, strict=bool(self._gradients)):
             parameter.grad = gradient
         self._gradients = []
-        if at_rest:
+        if not self._capturable and all(map(_is_zero, rates.values())):  # a recorded step cannot ask: the rate changes later
             self.show(rates)
             return
         self.draws += 1
@@ -369,3 +369,8 @@ def _total(tensor: Tensor) -> float:
         entries = in_memory_order(entries)[:: entries.numel() // _SAMPLE]
     total = float(entries.sum())
     return 0.5 if math.isnan(total) else total  # which is equal to itself
+
+
+def _is_zero(rate: float | Tensor) -> bool:
+    """Whether a learning rate is 0, as far as that is known without waiting for a device."""
+    return (not isinstance(rate, Tensor) or rate.device.type == "cpu") and float(rate) == 0
