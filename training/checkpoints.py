@@ -6,6 +6,7 @@ import math
 import pickle
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,11 @@ def read(path: Path) -> dict[str, Any]:
             packed = packing.unpack(path.read_bytes())
             facts = {"projection_mode": packed.mode, **packed.facts}
             return {**facts, "hard_quantized": True, "frozen": True, "state_dict": packed.state_dict()}
-        source: Path | io.BytesIO = path
+        source, records = path, None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the forms of pickle; what cannot be read is said below
             if zipfile.is_zipfile(path):
-                source = _verified(path)
+                source, records = _verified(path)
             content = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UnreadableCheckpoint(f"{path}: no such checkpoint") from None
@@ -61,20 +62,24 @@ def read(path: Path) -> dict[str, Any]:
         raise UnreadableCheckpoint(f"{path}: damaged or not a checkpoint ({_first_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
         raise UnreadableCheckpoint(f"{path}: not a checkpoint, it has no state_dict")
-    _require_plain(content, path)
+    _require_plain(content, path, records)
     return content
 
 
-def _verified(path: Path) -> io.BytesIO:
-    """The archive anew, of nothing but the records whose checksums are right: torch reads fields that this library passes over."""
-    whole = io.BytesIO()
+def _verified(path: Path) -> tuple[io.BytesIO, Counter[int]]:
+    """The archive anew, of nothing but the records whose checksums are right: torch reads fields that this library passes over.
+
+    Also how many records there are of each size.
+    """
+    whole, sizes = io.BytesIO(), Counter()
     with zipfile.ZipFile(path) as archive, zipfile.ZipFile(whole, "w") as anew:
         if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
             raise UnreadableCheckpoint(f"{path}: refused, its archive unpacks to more than the file; none of torch's does")
         for entry in archive.infolist():
             anew.writestr(entry.filename, archive.read(entry))  # raises BadZipFile on a wrong checksum
+            sizes[entry.file_size] += 1
     whole.seek(0)
-    return whole
+    return whole, sizes
 
 
 # Far above any run's; they bound what a file can make of lists that hold each other, or themselves.
@@ -83,10 +88,17 @@ _WHOLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.i
 _DTYPES = frozenset({*_WHOLE, torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
-def _require_plain(content: dict[str, Any], path: Path) -> None:
-    """Raises UnreadableCheckpoint on tensors that no run saves: sparse, quantized, without memory, or larger than their memory."""
+def _require_plain(content: dict[str, Any], path: Path, records: Counter[int] | None) -> None:
+    """Raises UnreadableCheckpoint on tensors that no run saves: sparse, quantized, without memory, or larger than their memory.
+
+    Args:
+        content: of a checkpoint.
+        path: of its file.
+        records: how many of each size its archive holds, where it is one: each storage is one of them. Some versions of torch take
+            a storage's size from what the pickle says, and read beyond its end.
+    """
     waiting: list[tuple[Any, int]] = [(content, 0)]
-    values = 0
+    values, storages = 0, {}
     while waiting:
         value, depth = waiting.pop()
         values += 1
@@ -96,8 +108,12 @@ def _require_plain(content: dict[str, Any], path: Path) -> None:
             waiting += [(inner, depth + 1) for inner in value.values()]
         elif isinstance(value, list | tuple):
             waiting += [(inner, depth + 1) for inner in value]
-        elif isinstance(value, Tensor) and not _holds_its_values(value):
-            raise UnreadableCheckpoint(f"{path}: not a checkpoint, it holds a tensor of another kind ({value.dtype})")
+        elif isinstance(value, Tensor):
+            if not _holds_its_values(value):
+                raise UnreadableCheckpoint(f"{path}: not a checkpoint, it holds a tensor of another kind ({value.dtype})")
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    if records is not None and Counter(size for size in storages.values() if size) - records:
+        raise UnreadableCheckpoint(f"{path}: damaged, a tensor is larger than what the file holds of it")
 
 
 def _holds_its_values(value: Tensor) -> bool:

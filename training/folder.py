@@ -133,7 +133,7 @@ class Run:
         for path in paths:
             try:
                 content = checkpoints.read(path)
-                if not isinstance(content.get("epoch"), int) or not isinstance(content.get("history"), list):
+                if not self._can_be_continued(content):
                     raise checkpoints.UnreadableCheckpoint(f"{path}: not the checkpoint of a run that can be continued")
                 broken = checkpoints.not_finite(content)
                 if broken:
@@ -146,6 +146,19 @@ class Run:
                 f"--save {self.folder.name}: no checkpoint in {self.folder} can be read; --overwrite starts anew, {self._loss()}"
             )
         return None
+
+    def _can_be_continued(self, content: dict[str, Any]) -> bool:
+        """Whether what says how far the run is makes sense; the network and the optimizer look at what is theirs."""
+        counts = [content.get(name) for name in ("epoch", "step", "log_bytes")]
+        rows, ended = content.get("history"), content.get("ended", False)
+        if not all(isinstance(count, int) and count >= 0 for count in counts) or not isinstance(rows, list):
+            return False
+        if not isinstance(ended, bool) or (not rows and (ended or counts[0] >= self._arguments["epochs"])):
+            return False
+        try:
+            return all(isinstance(row["epoch"], int) and isinstance(self._task.score(row), int | float) for row in rows)
+        except (LookupError, TypeError):
+            return False
 
     def _loss(self) -> str:
         """What --overwrite would cost."""

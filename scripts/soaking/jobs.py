@@ -10,12 +10,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from multiprocessing import connection
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Protocol
 
+_PATIENCE = 5  # seconds that those have who are asked to end
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -73,11 +74,18 @@ class Forked:
         self.pids = [process.pid for process in self._all]
 
     def wait(self, seconds: float | None = None) -> int | None:
-        until = None if seconds is None else time.monotonic() + seconds
+        if not connection.wait([process.sentinel for process in self._all], seconds):
+            return None
+        failed = [process.exitcode for process in self._all if process.exitcode]
+        if failed:  # as torchrun does: one that waits for a lost one may wait for minutes
+            for process in self._all:
+                process.terminate()
+            for process in self._all:
+                process.join(_PATIENCE)
+                process.kill()
         for process in self._all:
-            process.join(None if until is None else max(0.0, until - time.monotonic()))
-        found = [process.exitcode for process in self._all]
-        return None if None in found else min(found) or max(found)
+            process.join()
+        return min(failed or [process.exitcode for process in self._all])
 
     def kill(self, which: int | None = None) -> None:
         for process in self._all if which is None else [self._all[which]]:
