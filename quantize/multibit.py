@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.groups import Groups
+from quantize.groups import Function, Groups
 from quantize.quantizers import Fitted, Quantizer, at_least, sign, wide
 
 
@@ -96,12 +96,13 @@ class Alternating(Quantizer):
     def _of_two_bits(self, x: Groups) -> Fitted:
         """The same where there are as many amplitudes as magnitudes: least squares makes each magnitude its weights' mean."""
         dtype = wide(x.pieces[0]).dtype
-        (total,) = x.sums(lambda w: (wide(w).abs(),))
+        x, size = _sizes(x)
+        (total,) = x.sums(lambda w: (size(w),))
         boundary = (total / x.counts).to(dtype)  # greedy codes turn where |w| is the first amplitude
         for _ in range(self.rounds - 1):
 
             def from_the_boundary_on(w: Tensor, boundary: Tensor = boundary) -> Iterator[Tensor]:
-                magnitude = wide(w).abs()
+                magnitude = size(w)
                 beyond = at_least(magnitude, boundary)
                 yield beyond
                 yield beyond.mul_(magnitude)
@@ -191,6 +192,13 @@ class UniformWithZero(Uniform):
         return [float(j) for j in range(-largest, largest + 1)]
 
 
+def _sizes(x: Groups) -> tuple[Groups, Function]:
+    """Groups, and a function of them that is |w|: taken once where they are one piece, which is small, else at each use."""
+    if len(x.pieces) > 1:
+        return x, lambda w: wide(w).abs()
+    return x.holding([wide(x.pieces[0]).abs()]), lambda w: w
+
+
 def _left(w: Tensor, amplitudes: Fitted) -> Tensor:
     """The size of what greedy codes with these amplitudes leave of the weights."""
     size = w.abs()
@@ -258,10 +266,11 @@ def _from_nearest(x: Groups, amplitudes: Fitted, dtype: torch.dtype) -> Tensor:
     By symmetry |w| and the values' upper half suffice, and of those how many weights each has and what they sum to.
     """
     magnitudes, codes = _magnitudes(amplitudes)
+    x, size = _sizes(x)
     boundaries = [boundary.to(dtype) for boundary in _between(tuple(magnitudes))]
 
     def from_each_on(w: Tensor) -> Iterator[Tensor]:
-        magnitude = wide(w).abs()
+        magnitude = size(w)
         yield magnitude
         for boundary in boundaries:
             beyond = at_least(magnitude, boundary)

@@ -117,10 +117,10 @@ class Ternary(Quantizer):
 
         def sides(w: Tensor) -> Iterator[Tensor]:
             w = wide(w)
-            for side, bound in ((at_least, threshold), (at_most, lower)):
-                entries = side(w, bound)
-                yield entries
-                yield entries.mul_(w)
+            side = torch.empty_like(w)
+            for compare, bound in ((torch.ge, threshold), (torch.le, lower)):
+                yield compare(w, bound, out=side)
+                yield side.mul_(w)
 
         high_count, high_sum, low_count, low_sum = x.sums(sides)
         return threshold, (high_sum / high_count.clamp(min=1)).to(dtype), (low_sum / low_count.clamp(min=1)).to(dtype)
@@ -131,10 +131,10 @@ class Ternary(Quantizer):
     def add_times_(self, w: Tensor, factor: float, fitted: Fitted) -> None:
         if w is not wide(w):
             super().add_times_(w, factor, fitted)
-        else:  # the same to the last bit, with two operations fewer
+        else:  # the same to the last bit, with two operations fewer; entries on one side stay there
             threshold, high_level, low_level = fitted
-            high, low = at_least(w, threshold), at_most(w, -threshold)
-            w.addcmul_(high, high_level * factor).addcmul_(low, low_level * factor)
+            w.addcmul_(at_least(w, threshold), high_level * factor)
+            w.addcmul_(at_most(w, -threshold), low_level * factor)
 
     def levels(self, fitted: Fitted) -> list[Tensor]:
         _, high, low = fitted
