@@ -75,8 +75,7 @@ def ask(address: str, arguments: list[str]) -> None:
     socket.send_fds(connection, [len(request).to_bytes(8, "big")], [0, 1, 2])
     connection.sendall(request)
     for number in PASSED_ON:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: connection.send(bytes([number])))
+        signal.signal(number, lambda number, frame: connection.send(bytes([number])))  # one that is ignored the fork ignores too
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     for number in (0, 1, 2):
         os.close(number)  # who reads until the end must not wait for this process
