@@ -1,5 +1,6 @@
 """The wrapped optimizer: any torch optimizer, with a projection around each of its steps."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -175,7 +176,12 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         ascending = {id(p) for group in self.param_groups if group.get("maximize") for p in group["params"]}
         for projection in self._projections:
             projection.before_step(rates, ascending)
-        self._base_optimizer.step()
+        try:
+            self._base_optimizer.step()
+        except BaseException:  # an interruption too: the model must not go on showing the latent weights
+            for projection in self._projections:
+                projection.give_up_step(rates)
+            raise
         for projection in self._projections:
             projection.after_step(rates)
         torch.clear_autocast_cache()
@@ -226,7 +232,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def hard_quantized(self) -> Iterator[None]:
         """A context in which the model holds its hard-quantized weights; afterwards it is as before, to the last bit.
 
-        Once frozen, or inside another such context, nothing is left to do. A step in here is refused.
+        Once frozen, or inside another such context, nothing is left to do. A step in here is refused; weights that are written into
+        the model in here are undone at the end, with a warning.
 
         Raises:
             NotFinite: if a weight is not a finite number.
@@ -242,10 +249,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             for projection in self._projections:
                 projection.hard_quantize(projection.parameters, rates)
             self._hidden = hidden
+            versions = [parameter._version for _, parameter in self._named()]
         torch.clear_autocast_cache()
         try:
             yield
         finally:
+            if versions != [parameter._version for _, parameter in self._named()]:
+                warnings.warn("weights written into the model inside hard_quantized() are undone at its end", stacklevel=3)
             with torch.no_grad():
                 for projection, weights, by_others in zip(self._projections, self._hidden, written, strict=True):
                     projection.put(weights, by_others)

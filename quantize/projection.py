@@ -50,6 +50,7 @@ class Projection:
         self._shown_at: Rates = {}
         self._loaded_strength: float | None = None  # of a state that was loaded, until the next step
         self._gradients: list[Tensor | None] = []  # during a step, where levels are learned: the user's, at the shown weights
+        self._level_steps: dict[int, Tensor] = {}  # during such a step: what each tensor's levels will lose, by its number
         self._held: dict[int, Tensor] = {}  # parameters that the user holds still: what they show, by number
         self._arrange()
         self._note_shown()
@@ -84,9 +85,9 @@ class Projection:
 
     def after_step(self, rates: Rates) -> None:
         """Clips and pulls the weights that the step has made; a step at rate 0 has moved none."""
-        for parameter, gradient in zip(self.parameters, self._gradients, strict=bool(self._gradients)):
-            parameter.grad = gradient
-        self._gradients = []
+        for index, step in self._level_steps.items():
+            self.levels[index].sub_(step)
+        self._give_gradients_back()
         if not self._capturable and all(map(_is_zero, rates.values())):  # a recorded step cannot ask: the rate changes later
             self.show(rates)
             return
@@ -107,6 +108,16 @@ class Projection:
         self._put_held(self.parameters)
         self._shown_at = rates
         self._note_shown()
+
+    def give_up_step(self, rates: Rates) -> None:
+        """Shows what the model showed before a step that did not come to its end: latent weights and levels have not moved."""
+        self._give_gradients_back()
+        self.show(rates)
+
+    def _give_gradients_back(self) -> None:
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=bool(self._gradients)):
+            parameter.grad = gradient
+        self._gradients, self._level_steps = [], {}
 
     def check_gradients(self) -> None:
         """Raises ValueError where a gradient cannot be told from the latent weights."""
@@ -175,7 +186,7 @@ class Projection:
         return None
 
     def _pull_gradients_back(self, rates: Rates, ascending: set[int]) -> None:
-        """Gradients at the shown weights become those at the latent ones, and learned levels make their gradient step."""
+        """Gradients at the shown weights become those at the latent ones, and give the gradient step of learned levels."""
         quantizer = self.mode.quantizer
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -190,7 +201,7 @@ class Projection:
             block.write(gradient, gradients)
             for index, step in zip(block.indices, torch.stack([gradient.by_tensor(one) for one in sums], -1), strict=True):
                 parameter = id(self.parameters[index])
-                self.levels[index].sub_(rates[parameter] * (-step if parameter in ascending else step))
+                self._level_steps[index] = rates[parameter] * (-step if parameter in ascending else step)
 
     # Hard quantization.
 

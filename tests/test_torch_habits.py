@@ -874,3 +874,45 @@ def test_learned_levels_refuse_sparse_gradients():
     with pytest.raises(ValueError, match=r"0\.weight has a sparse gradient"):
         optimizer.step()
     assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("name", quantize.MODES)
+def test_a_step_that_is_interrupted_leaves_what_the_model_showed(name):
+    """Ctrl-C inside the base optimizer used to leave a lazy mode's model on its latent weights, and ttq's levels moved."""
+
+    class Interrupted(torch.optim.SGD):
+        def step(self, closure=None):
+            raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    mode = quantize.mode(name)
+    optimizer = quantize.ProjectedOptimizer(Interrupted(model.parameters(), lr=0.1), mode.select(model), mode)
+    optimizer.set_strength(0.5)
+    model(torch.randn(3, 4)).sum().backward()
+
+    def seen() -> list[torch.Tensor]:
+        gradients = [parameter.grad for parameter in model.parameters()]
+        held = [*model.parameters(), *optimizer.latent.values(), *optimizer.levels.values(), *gradients]
+        return [tensor.detach().clone() for tensor in held]
+
+    before = seen()
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    for one, other in zip(before, seen(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_weights_written_inside_hard_quantized_are_undone_with_a_warning():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3)
+    mode = quantize.mode("lazy")
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), mode.select(model), mode)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="inside hard_quantized"), optimizer.hard_quantized():
+        model.load_state_dict({name: tensor + 1 for name, tensor in before.items()})
+    assert torch.equal(model.weight, before["weight"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with optimizer.hard_quantized():
+            model(torch.ones(1, 3))
