@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import quantize
 
-STEPS = 10
+STEPS = 20
 SAMPLES = 12  # a batch, shared among 1, 2 or 3 processes
 ACROSS = "2.weight"  # is cut across its rows
 
@@ -68,7 +68,7 @@ class Training:
 
     def train(self, first: int, last: int) -> None:
         for step in range(first, last):
-            strength = self.mode.strength(0.5, step // 3, share=step / STEPS)
+            strength = self.mode.strength(0.5, step // 5, share=step / STEPS)
             self.optimizer.set_strength(strength)
             drawn = torch.Generator().manual_seed(step)
             inputs = torch.randn(SAMPLES, 1, 5, 5, dtype=torch.float64, generator=drawn)
