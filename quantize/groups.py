@@ -181,10 +181,8 @@ def _median_of_many(pieces: Sequence[Tensor], function: Function) -> Tensor:
     dtype = function(pieces[0][:0]).dtype
     whole, bits = _WHOLE[dtype]
     rank = (sum(piece.numel() for piece in pieces) - 1) // 2
-    found, places = (
-        0,
-        2**_DIGIT + 2,
-    )  # one for each digit, and on either side one for numbers whose first digits are not those found
+    places = 2**_DIGIT + 2  # one for each digit, and on either side one for numbers whose first digits are not those found
+    found = 0
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
         counts = torch.zeros(places, dtype=torch.int64)
         for piece in pieces:
