@@ -39,7 +39,7 @@ from quantize.multibit import alternating, greedy_mean, greedy_median, uniform
 from quantize.optimizer import ProjectedOptimizer
 from quantize.packed_layers import PackedConv2d, PackedLinear, load_packed_layers, pack_layers
 from quantize.packing import PackedError, load_packed, save_packed
-from quantize.projection import NotFinite
+from quantize.projection import NotFinite, NotQuantized
 from quantize.pulls import piecewise_affine, prox_binary, prox_ternary, quadratic, soft
 from quantize.quantizers import Quantizer, binarize, learned_ternary, ternarize
 from quantize.saving import latent_in, levels_in
@@ -51,6 +51,7 @@ __all__ = [
     "MODES",
     "QUANTIZERS",
     "NotFinite",
+    "NotQuantized",
     "PackedConv2d",
     "PackedError",
     "PackedLinear",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quantize.groups import IN_PARTS, is_dense
 from quantize.modes import ProjectionMode
+from quantize.selectors import FROZEN_BY
 from quantize.shards import has_whole_rows, is_sharded, local
 
 Named = list[tuple[str, nn.Parameter]]
@@ -31,6 +32,10 @@ def groups_of(named_parameters: Any, mode: ProjectionMode | None) -> list[tuple[
         for pair in pairs:
             if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)):
                 raise TypeError(f"(name, parameter) pairs are needed, as mode.select(model) gives them, not {type(pair).__name__}")
+        if pairs and not any(parameter.requires_grad for _, parameter in pairs):
+            frozen = sum(hasattr(parameter, FROZEN_BY) for _, parameter in pairs)
+            reason = f", {frozen} of them since they were quantized for good by another wrapper's freeze()" if frozen else ""
+            raise ValueError(f"there is no parameter to quantize: all {len(pairs)} given have requires_grad=False{reason}")
     return [([(name, parameter) for name, parameter in pairs if parameter.requires_grad], one) for pairs, one in groups]
 
 
@@ -46,6 +51,13 @@ def strength_of(value: Any, mode: ProjectionMode) -> float:
     return strength
 
 
+def refuse_line_search(base_optimizer: torch.optim.Optimizer) -> None:
+    if isinstance(base_optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS cannot be wrapped: it evaluates its closure several times in a step, and the projection belongs between"
+        )
+
+
 def check(base_optimizer: Any, groups: Sequence[tuple[Named, ProjectionMode]], capturable: bool) -> None:
     if not isinstance(base_optimizer, torch.optim.Optimizer):
         raise TypeError(f"the base optimizer is a {type(base_optimizer).__name__}: one of torch.optim is needed")
@@ -53,10 +65,7 @@ def check(base_optimizer: Any, groups: Sequence[tuple[Named, ProjectionMode]], c
         raise TypeError(
             "the base optimizer is wrapped already: several modes are one wrapper, ProjectedOptimizer(base, [(pairs, mode), ...])"
         )
-    if isinstance(base_optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "LBFGS cannot be wrapped: it evaluates its closure several times in a step, and the projection belongs between"
-        )
+    refuse_line_search(base_optimizer)
     names: set[str] = set()
     seen: set[int] = set()
     for pairs, mode in groups:
@@ -78,13 +87,17 @@ def check(base_optimizer: Any, groups: Sequence[tuple[Named, ProjectionMode]], c
                 raise ValueError(f"the parameter {name!r} is on the meta device: give it memory first (model.to_empty)")
             if is_sharded(parameter):
                 _check_sharded(name, parameter, mode)
-        narrow = [name for name, parameter in pairs if parameter.dtype in (torch.bfloat16, torch.float16)]
-        if narrow and not mode.lazy and mode.projects:
-            warnings.warn(
-                f"{narrow[0]} and {len(narrow) - 1} more are of half precision, where pulls of less than a rounding step are lost: "
-                "keep the weights in float32 and compute under torch.autocast",
-                stacklevel=4,
-            )
+        warn_of_half_precision(pairs, mode, stacklevel=5)
+
+
+def warn_of_half_precision(pairs: Iterable[tuple[str, Tensor]], mode: ProjectionMode, stacklevel: int) -> None:
+    narrow = [name for name, parameter in pairs if parameter.dtype in (torch.bfloat16, torch.float16)]
+    if narrow and not mode.lazy and mode.projects:
+        warnings.warn(
+            f"{narrow[0]} and {len(narrow) - 1} more are of half precision, where pulls of less than a rounding step are lost: "
+            "keep the weights in float32 and compute under torch.autocast",
+            stacklevel=stacklevel,
+        )
 
 
 def _check_sharded(name: str, parameter: Tensor, mode: ProjectionMode) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize import saving
-from quantize.checks import Pairs, check, groups_of, strength_of
+from quantize.checks import Pairs, check, groups_of, refuse_line_search, strength_of
 from quantize.modes import ProjectionMode
 from quantize.projection import Projection
 
@@ -69,6 +69,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     @base_optimizer.setter
     def base_optimizer(self, base_optimizer: torch.optim.Optimizer) -> None:
+        refuse_line_search(base_optimizer)
         self._require({id(parameter) for group in base_optimizer.param_groups for parameter in group["params"]})
         self._base_optimizer = base_optimizer
         if self.frozen:
@@ -156,6 +157,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
         Args:
             closure: evaluates the model and returns the loss, as in torch; called once, at the weights that the model shows.
+
+        Raises:
+            NotFinite, NotQuantized: if weights were written into the model since it was frozen that are not quantized.
         """
         return self._step_outside_graphs(self, closure)
 
@@ -167,6 +171,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.frozen:
+            self._check_frozen()
             self._hold_frozen_still()
             self._base_optimizer.step()
             return loss
@@ -218,7 +223,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
         Raises:
             NotFinite: if a weight is not a finite number.
+            NotQuantized: if others were written into the model since it was frozen.
         """
+        self._check_frozen()
         if self.frozen or self._hidden is not None:
             return {name: parameter.detach().clone() for name, parameter in self._named()}
         found = {}
@@ -237,7 +244,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
         Raises:
             NotFinite: if a weight is not a finite number.
+            NotQuantized: if others were written into the model since it was frozen.
         """
+        self._check_frozen()
         if self.frozen or self._hidden is not None:
             yield
             return
@@ -279,7 +288,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         rates = self._rates()
         for projection in self._projections:
             projection.hard_quantize(projection.parameters, rates)
-        self._end_projection()
+        self._end_projection(quantized=True)
 
     # Saving, loading and copying.
 
@@ -326,7 +335,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self.state.update(state)
             raise
         if found.frozen:
-            self._end_projection()
+            self._end_projection(quantized=False)
         for projection, content in zip(self._projections, found.projections, strict=True):
             projection.load(*content)
         self._show()
@@ -343,7 +352,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.__dict__.update(state)
         self._make_hooks()
         for projection in self._projections if self.frozen else ():
-            projection.end()  # a copy of a parameter has lost its mark
+            projection.end(quantized=False)  # a copy of a parameter has lost its mark
 
     # Inside.
 
@@ -391,10 +400,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for projection in self._projections:
             projection.check_finite(self._rates())
 
-    def _end_projection(self) -> None:
+    def _check_frozen(self) -> None:
+        for projection in self._projections if self.frozen else ():
+            projection.check_frozen()
+
+    def _end_projection(self, quantized: bool) -> None:
         self.frozen = True
         for projection in self._projections:
-            projection.end()
+            projection.end(quantized)
         self._hold_frozen_still()
         self._keep_frozen_out()
         torch.clear_autocast_cache()

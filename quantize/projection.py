@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize.blocks import Block, blocks_of, in_memory_order
+from quantize.checks import warn_of_half_precision
 from quantize.groups import Groups, is_dense
 from quantize.modes import ProjectionMode
 from quantize.selectors import FROZEN_BY
@@ -19,6 +20,10 @@ Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the pa
 
 class NotFinite(ValueError):
     """A weight to be quantized is no finite number."""
+
+
+class NotQuantized(ValueError):
+    """A frozen weight holds other values than its mode gives."""
 
 
 class Projection:
@@ -52,6 +57,8 @@ class Projection:
         self._gradients: list[Tensor | None] = []  # during a step, where levels are learned: the user's, at the shown weights
         self._level_steps: dict[int, Tensor] = {}  # during such a step: what each tensor's levels will lose, by its number
         self._held: dict[int, Tensor] = {}  # parameters that the user holds still: what they show, by number
+        self._held_before: dict[int, Tensor] = {}  # those of a state that was loaded, until the next step
+        self._looked_at: list[int | None] = []  # once frozen: each parameter's count of writes when it was last found quantized
         self._arrange()
         self._note_shown()
 
@@ -92,10 +99,12 @@ class Projection:
             self.show(rates)
             return
         self.draws += 1
-        self._loaded_strength = None
+        self._loaded_strength, self._held_before = None, {}
         clips = self.mode.quantizer.clips
         for number, block in enumerate(self._blocks):
             x = block.read(self.parameters)
+            for piece in x.pieces if clips else ():
+                _show_infinite(piece, ask_first=piece.device.type == "cpu" and not self._capturable)
             if self.mode.lazy:
                 if clips:
                     for piece in x.pieces:
@@ -149,7 +158,7 @@ class Projection:
         if self.mode.lazy and held == self._held.keys():
             return
         self.take_over(rates)
-        known = self._held if self.mode.lazy else {}
+        known = {**self._held_before, **self._held} if self.mode.lazy else {}
         self._held = {i: known[i] if i in known else self.parameters[i].detach().clone() for i in held}
 
     def _put_held(self, places: Sequence[Tensor]) -> None:
@@ -279,7 +288,8 @@ class Projection:
             self._pulled_into(expected, rates)
             suspects = [i for i in suspects if not torch.equal(local(expected[i]), local(self.parameters[i].detach()))]
         self.hold(now)
-        return set(suspects)
+        held = self._held_before
+        return {i for i in suspects if i not in held or not torch.equal(local(held[i]), local(self.parameters[i].detach()))}
 
     def _anywhere(self, suspicion: bool) -> bool:
         """Whether one of those who hold parts of the parameters has a suspicion; all must then look, since looking takes sums."""
@@ -318,10 +328,15 @@ class Projection:
             written = {i for i, (before, p) in enumerate(pairs) if not torch.equal(local(before.to(p)), local(p.detach()))}
             self.latent = [torch.empty_like(p).copy_(w) for p, w in zip(self.parameters, self.latent, strict=True)]
             self._held = {index: torch.empty_like(self.parameters[index]).copy_(w) for index, w in self._held.items()}
+            self._held_before = {}
         self.levels = [
             level.to(device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
             for p, level in zip(self.parameters, self.levels, strict=bool(self.levels))
         ]
+        now_otherwise = [
+            (name, p) for name, p, form in zip(self.names, self.parameters, self._forms, strict=True) if p.dtype != form[0]
+        ]
+        warn_of_half_precision(now_otherwise, self.mode, stacklevel=6)
         self._arrange()
         self._note_shown()
         for index in written if self.mode.lazy else ():
@@ -333,13 +348,31 @@ class Projection:
 
     # The end of the projection, and loading.
 
-    def end(self) -> None:
-        """Lets go of what only training needs, and marks the parameters as quantized for good."""
+    def end(self, quantized: bool) -> None:
+        """Lets go of what only training needs, and marks the parameters as quantized for good; they may yet have to be loaded."""
         self.latent = self.parameters
-        self._blocks, self._held = [], {}
+        self._blocks, self._held, self._held_before = [], {}, {}
         self._shown_marks = []
+        self._looked_at = [parameter._version if quantized else None for parameter in self.parameters]
         for parameter in self.parameters:
             setattr(parameter, FROZEN_BY, self.mode.name)
+
+    def check_frozen(self) -> None:
+        """Raises NotFinite or NotQuantized if frozen weights were written over with others that are not quantized."""
+        writes = [parameter._version for parameter in self.parameters]
+        if not self._anywhere(writes != self._looked_at):
+            return
+        self._check_finite(self.parameters)
+        quantizer = self.mode.quantizer
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            found = over_all(parameter, _values_in(local(parameter.detach()), quantizer.by_row), "max")
+            if int(found) > quantizer.values:
+                where = " in a row" if quantizer.by_row else ""
+                raise NotQuantized(
+                    f"{name} holds {int(found)} different values{where} after its freeze, where {self.mode.name} gives at most "
+                    f"{quantizer.values}: weights that are not quantized were loaded into the frozen model"
+                )
+        self._looked_at = writes
 
     def levels_by_name(self) -> dict[str, Tensor]:
         """Learned levels; the weights' own where a frozen state of before held none."""
@@ -347,7 +380,13 @@ class Projection:
             return {name: _extremes(p.detach()) for name, p in zip(self.names, self.parameters, strict=True)}
         return dict(zip(self.names, self.levels, strict=False))
 
-    def load(self, strength: float, draws: int, latent: Sequence[Tensor], levels: Sequence[Tensor]) -> None:
+    def held(self) -> dict[int, Tensor]:
+        """What the parameters show that the user holds still, by number, in a lazy mode: their latent weights do not tell."""
+        return self._held if self.mode.lazy else {}
+
+    def load(
+        self, strength: float, draws: int, latent: Sequence[Tensor], levels: Sequence[Tensor], held: Mapping[int, Tensor]
+    ) -> None:
         """Takes over what a state holds; no latent weights or levels where there are none."""
         self._follow()
         self.hold(strength)
@@ -358,8 +397,9 @@ class Projection:
         self.levels = self.levels if levels else []
         for mine, given in zip(self.levels, levels, strict=True):
             mine.copy_(given)
-        if latent:  # what is held still shows the loaded weights too
-            self._held = {}
+        if latent:  # what is held still shows what it did, or the loaded weights
+            self._held_before = {i: torch.empty_like(self.parameters[i]).copy_(w) for i, w in held.items()}
+            self._held = {i: w for i, w in self._held_before.items() if not self.parameters[i].requires_grad}
             self._pulled_into(self.parameters, self._shown_at)
 
 
@@ -368,6 +408,22 @@ def _extremes(tensor: Tensor) -> Tensor:
     entries = local(tensor)
     both = torch.stack([entries.max(), -entries.min()]) if entries.numel() else entries.new_full((2,), -math.inf)
     return over_all(tensor, both, "max") * entries.new_tensor([1.0, -1.0])
+
+
+def _values_in(w: Tensor, by_row: bool) -> Tensor:
+    """How many different values a tensor holds, or of its rows the one with the most."""
+    rows = w.reshape(len(w), -1) if by_row and w.dim() and w.numel() else w.reshape(1, -1)
+    steps = rows.sort(dim=1).values.diff(dim=1).ne(0).sum(dim=1)
+    return (steps.max() + 1).float() if w.numel() else w.new_zeros((), dtype=torch.float32)
+
+
+def _show_infinite(piece: Tensor, ask_first: bool) -> None:
+    """Infinite weights become NaN: the clip would make ordinary ones of them, and hide that the training has diverged.
+
+    ``ask_first``: whether to look at the sum, which is cheaper where it need not be waited for.
+    """
+    if not ask_first or not math.isfinite(piece.sum()):
+        piece.masked_fill_(piece.isinf(), math.nan)
 
 
 _SAMPLE = 1024

@@ -46,6 +46,11 @@ class Quantizer:
     given: ClassVar[str] = ""
 
     @property
+    def values(self) -> int:
+        """How many different values a group's quantized weights have at most."""
+        return 2**self.bits
+
+    @property
     def in_words(self) -> str:
         """Its name, with bits and rows where they can be chosen."""
         return f"{self.name}, {self.bits} bit{'s' * (self.bits > 1)}{' by row' * self.by_row}" if self.takes_bits else self.name
@@ -109,6 +114,7 @@ class Ternary(Quantizer):
     name = "ternary"
     clips = True
     spares_ends = True
+    values = 3
 
     def fit(self, x: Groups, given: Any = None) -> Fitted:
         dtype = wide(x.pieces[0]).dtype
@@ -152,6 +158,7 @@ class LearnedTernary(Quantizer):
 
     name = "learned"
     spares_ends = True
+    values = 3
     given = "levels"
     start = (1.0, -1.0)  # positive, negative
 

@@ -12,6 +12,7 @@ from quantize.shards import local, over_all
 
 _LATENT, _LEVELS = "latent", "levels"
 _MODES, _STRENGTHS, _DRAWS, _FROZEN = "projection_modes", "projection_strengths", "projection_draws", "projection_frozen"
+_HELD = "shown"  # by a layer that the user holds still in a lazy mode, where it is not what its latent weights make
 _NAMES = "projection_names"  # of the parameters with latent weights of their own, with their numbers in the state
 _QUANTIZERS = "projection_quantizers"
 _FROZEN_LEVELS = "projection_levels"  # learned ones, once the parameters have no entries in the state any more
@@ -26,6 +27,7 @@ class Content(NamedTuple):
     draws: int
     latent: list[Tensor]
     levels: list[Tensor]
+    held: dict[int, Tensor]
 
 
 class Found(NamedTuple):
@@ -47,10 +49,13 @@ def to_torch(
     state = {index: dict(entry) for index, entry in base["state"].items()}
     index_of, names = _indices(param_groups), {}
     for projection in projections if not frozen else ():
+        held = projection.held()
         for number, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
             own = {}
             if projection.mode.lazy:
                 own[_LATENT] = latent[name].clone()
+            if number in held:
+                own[_HELD] = held[number].clone()
             if projection.levels:
                 own[_LEVELS] = projection.levels[number].clone()
             if own:
@@ -91,25 +96,32 @@ def from_torch(
     for key in (_QUANTIZERS, _STRENGTHS, _DRAWS, _FROZEN):
         if key not in common:
             raise ValueError(f"the state is not whole: its parameter groups lack {key}")
+    _compare_settings(common, param_groups[0])
     _compare_modes(common[_MODES], common[_FROZEN], projections, frozen)
     theirs, ours = common[_QUANTIZERS], [projection.mode.shown.in_words for projection in projections]
     if theirs != ours:
         raise ValueError(f"the state is of the quantizer {', '.join(theirs)}, this optimizer is of {', '.join(ours)}")
+    strengths, draws = (_for_each(common[key], projections, key) for key in (_STRENGTHS, _DRAWS))
+    strengths = [strength_of(strength, one.mode) for strength, one in zip(strengths, projections, strict=True)]
+    if not all(isinstance(count, int) and count >= 0 for count in draws):
+        raise ValueError(f"the state's {_DRAWS} are {draws}: whole numbers from 0 up are needed")
     state = {index: dict(entry) for index, entry in content["state"].items()}
     found = []
     key_of = {} if common[_FROZEN] else _keys(groups, param_groups)
     for number, projection in enumerate(projections):
-        latent, levels = [], []
-        for name, parameter in zip(projection.names, projection.parameters, strict=True):
+        latent, levels, held = [], [], {}
+        for index, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
             entry = {} if common[_FROZEN] else state.get(key_of[id(parameter)], {})
             if projection.mode.lazy and not common[_FROZEN]:
                 latent.append(_fitting(entry.get(_LATENT), parameter, f"latent weights of {name}"))
+                if _HELD in entry:
+                    held[index] = _fitting(entry[_HELD], parameter, f"shown weights of {name}")
             if projection.levels and not common[_FROZEN]:
                 levels.append(_fitting(entry.get(_LEVELS), projection.levels[0], f"levels of {name}"))
         if common[_FROZEN] and projection.levels and common.get(_FROZEN_LEVELS):
             levels = [one.new_tensor(common[_FROZEN_LEVELS][number][i]) for i, one in enumerate(projection.levels)]
-        found.append(Content(strength_of(common[_STRENGTHS][number], projection.mode), common[_DRAWS][number], latent, levels))
-    stripped = {index: _without(entry, (_LATENT, _LEVELS)) for index, entry in state.items()}
+        found.append(Content(strengths[number], draws[number], latent, levels, held))
+    stripped = {index: _without(entry, (_LATENT, _LEVELS, _HELD)) for index, entry in state.items()}
     base = {
         **content,
         "state": {index: entry for index, entry in stripped.items() if entry},
@@ -146,7 +158,7 @@ def _from_before(content: Mapping[str, Any], projections: Sequence[Projection], 
         named = zip(projection.names, projection.parameters, strict=True)
         latent = [_fitting(given[_plain(name)], parameter, f"latent weights of {name}") for name, parameter in named]
     strength = strength_of(content["strength"], projection.mode)
-    return Found(content["frozen"], content["base_optimizer"], [Content(strength, 0, latent, [])])
+    return Found(content["frozen"], content["base_optimizer"], [Content(strength, 0, latent, [], {})])
 
 
 def _compare_modes(theirs: str, theirs_frozen: bool, projections: Sequence[Projection], frozen: bool) -> None:
@@ -155,6 +167,23 @@ def _compare_modes(theirs: str, theirs_frozen: bool, projections: Sequence[Proje
         raise ValueError(f"the state is of projection mode {theirs!r}, this optimizer is of {ours!r}")
     if frozen and not theirs_frozen:
         raise ValueError("the state is of a run before its freeze, and this optimizer is frozen")
+
+
+def _compare_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Another kind of optimizer would fail at its next step, for want of what it keeps of each parameter."""
+    known = {*_OF_GROUPS, "params", "param_names", "initial_lr"}
+    more, less = sorted(set(theirs) - set(ours) - known), sorted(set(ours) - set(theirs) - known)
+    if more and less:
+        raise ValueError(
+            f"the state is of another kind of base optimizer: its settings are {', '.join(more)}, where this one's are "
+            f"{', '.join(less)}"
+        )
+
+
+def _for_each(values: Any, projections: Sequence[Projection], key: str) -> Sequence[Any]:
+    if not isinstance(values, Sequence) or len(values) != len(projections):
+        raise ValueError(f"the state's {key} are {values}: one for each of {len(projections)} modes is needed")
+    return values
 
 
 def _fitting(given: Any, wanted: Tensor, what: str) -> Tensor:

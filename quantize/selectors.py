@@ -133,7 +133,7 @@ def _parameter_of(module: nn.Module, attribute: str, prefix: str) -> tuple[str, 
     weight = getattr(module, attribute)
     if not isinstance(weight, nn.Parameter):
         return prefix + attribute, (
-            "is computed anew in each forward pass and is no parameter (an old form of weight normalization?): remove that first "
-            "(torch.nn.utils.remove_weight_norm, remove_spectral_norm), or pass pairs without this layer"
+            "is computed anew in each forward pass and is no parameter (pruned, or an old form of weight normalization?): end that "
+            "first (torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm), or pass pairs without this layer"
         )
     return prefix + attribute, weight

@@ -916,3 +916,152 @@ def test_weights_written_inside_hard_quantized_are_undone_with_a_warning():
         warnings.simplefilter("error")
         with optimizer.hard_quantized():
             model(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("held_first", [False, True])
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_layer_that_is_held_still_is_saved_and_continued_as_it_is(mode_name, held_first):
+    model, optimizer = restarted(mode_name)
+    steps(model, optimizer, 0, 1)
+    model[3].weight.requires_grad_(False)
+    optimizer.set_strength(0.6)
+    steps(model, optimizer, 1, 2)
+    shown = model[3].weight.detach().clone()
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for model_first in (False, True):
+        other, continued = restarted(mode_name)
+        other[3].weight.requires_grad_(not held_first)
+        if model_first:
+            other.load_state_dict(saved[0])
+        continued.load_state_dict(copy.deepcopy(saved[1]))  # torch's optimizers go on in the given tensors
+        if not model_first:
+            other.load_state_dict(saved[0])
+        other[3].weight.requires_grad_(False)
+        first, second = copy.deepcopy((model, optimizer)), (other, continued)
+        for one in (first, second):
+            one[1].set_strength(0.8)
+            steps(*one, 2, 4)
+            assert torch.equal(one[0][3].weight, shown)
+        assert_alike(*first, *second)
+        for one in (first, second):
+            one[0][3].weight.requires_grad_(True)
+            steps(*one, 4, 6)
+        assert_alike(*first, *second)
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_weights_that_are_not_quantized_are_seen_after_the_freeze(mode_name):
+    model, optimizer = started(mode_name)
+    before = copy.deepcopy(model.state_dict())
+    for name in optimizer.latent:  # some modes show quantized weights in training too
+        before[name] = torch.randn_like(before[name])
+    optimizer.freeze()
+    frozen = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, continued = started(mode_name, count=0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    continued.load_state_dict(frozen[1])  # and not the model
+
+    def show(one):
+        with one.hard_quantized():
+            pass
+
+    diverged = {name: value * float("nan") if value.is_floating_point() else value for name, value in frozen[0].items()}
+    for net, one, written in ((model, optimizer, before), (other, continued, None), (model, optimizer, diverged)):
+        if written is not None:
+            net.load_state_dict(written)
+        kind, words = (quantize.NotFinite, "not finite") if written is diverged else (quantize.NotQuantized, "different values")
+        for call in (one.step, one.quantized, lambda one=one: show(one), lambda one=one: one.quantized()):
+            with pytest.raises(kind, match=words):
+                call()
+        net.load_state_dict(frozen[0])
+        steps(net, one, 3, 5)
+        show(one)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+@pytest.mark.parametrize("mode_name", MODES)
+def test_an_infinite_gradient_is_not_clipped_to_an_ordinary_weight(mode_name, value):
+    model = network()
+    optimizer = wrap(model, mode_name, torch.optim.SGD(model.parameters(), lr=0.1))
+    backward(model, 0)
+    model[3].weight.grad.view(-1)[1] = value
+    optimizer.step()
+    assert not optimizer.latent["3.weight"].view(-1)[1].isfinite()
+    with pytest.raises(quantize.NotFinite, match=r"3\.weight"):
+        optimizer.freeze()
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_cast_to_half_precision_is_said_where_pulls_are_lost(mode_name):
+    model, optimizer = started(mode_name)
+    model.bfloat16()
+    for parameter in model.parameters():
+        parameter.grad = None if parameter.grad is None else parameter.grad.bfloat16()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.set_strength(0.1)
+    lost = [one for one in said if "half precision" in str(one.message)]
+    assert len(lost) == (not quantize.MODES[mode_name].lazy)
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused():
+    model = network()
+    kinds = {
+        "Adam": lambda: torch.optim.Adam(model.parameters()),
+        "SGD": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+        "Adagrad": lambda: torch.optim.Adagrad(model.parameters()),
+    }
+    states = {}
+    for name, base in kinds.items():
+        optimizer = wrap(model, "prox", base())
+        steps(model, optimizer, 0, 1)
+        states[name] = copy.deepcopy(optimizer.state_dict())
+    for name, base in kinds.items():
+        for other, state in states.items():
+            optimizer = wrap(model, "prox", base())
+            if name == other:
+                torch.optim.lr_scheduler.StepLR(optimizer.base_optimizer, 3)
+                optimizer.load_state_dict(state)
+                continue
+            before = copy.deepcopy(optimizer.state_dict())
+            with pytest.raises(ValueError, match="another kind of base optimizer: its settings are"):
+                optimizer.load_state_dict(state)
+            assert str(optimizer.state_dict()) == str(before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("projection_strengths", [], "one for each of 1 modes"),
+        ("projection_strengths", [0.1, 0.2], "one for each of 1 modes"),
+        ("projection_strengths", 0.1, "one for each of 1 modes"),
+        ("projection_draws", [], "one for each of 1 modes"),
+        ("projection_draws", ["x"], "whole numbers"),
+        ("projection_draws", [-1], "whole numbers"),
+    ],
+)
+def test_settings_of_a_state_that_are_none_are_refused(key, value, words):
+    _, optimizer = started("stoch_bin")
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group[key] = value
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(state)
+
+
+def test_lbfgs_is_refused_as_a_replacement_too():
+    model, optimizer = started("prox")
+    with pytest.raises(ValueError, match="LBFGS cannot be wrapped"):
+        optimizer.base_optimizer = torch.optim.LBFGS(model.parameters())
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_second_wrapper_of_a_frozen_model_is_told_why_nothing_is_left(mode_name):
+    model, _ = started(mode_name, frozen=True)
+    model[0].weight.requires_grad_(False)
+    model[6].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"all \d given have requires_grad=False, \d of them since they were quantized for good"):
+        wrap(model, "prox")

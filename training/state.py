@@ -126,6 +126,8 @@ class State:
             settings = regimes.settings_at(regime, self.epoch if self.step else max(self.epoch - 1, 0), self.history)
             self.optimizer.base_optimizer = regimes.build_optimizer(self.model.parameters(), settings)
             self.optimizer.load_state_dict(content["optimizer"])
+            if self.optimizer.frozen:
+                self.optimizer.quantized()  # raises where the checkpoint's weights are not
             self.start_signs = {name: content["start_signs"][name].to(sign) for name, sign in self.start_signs.items()}
             _set_random_state(content["random"])
         except (LookupError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
