@@ -165,6 +165,7 @@ def test_an_unfinished_warm_start_is_said(train):
     path = Path("results/fp/args.json")
     path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 7'))
     done = train("run", "--resume", "results/fp", *PROX)
+    assert "%), never frozen\n" in done.log()
     assert done.facts()["warm_start"]["finished"] is False
     assert done.facts()["warnings"] == ["--resume results/fp: that run is unfinished, it has trained 1 of 7 epochs"]
 

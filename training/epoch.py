@@ -57,9 +57,10 @@ def describe(job: Job, state: State) -> None:
     if latent:
         count = sum(weight.numel() for weight in latent.values())
         mode = args.mode
+        freeze = "never frozen" if args.freeze_epoch < 0 else f"frozen after epoch {args.freeze_epoch}"
         log.info(
             f"mode: {mode.name} ({mode.title}), quantizer {mode.shown.in_words}, "
-            f"{count:,} weights in {len(latent)} tensors ({count / parameters:.1%})"
+            f"{count:,} weights in {len(latent)} tensors ({count / parameters:.1%}), {freeze}"
         )
         for name, reason in quantize.reasons(state.model, mode).items():
             log.debug(f"{name}: {'quantized' if name in latent else reason}")
