@@ -11,6 +11,7 @@ main_binary_reg.py; what is not given comes from the checkpoint.
 import argparse
 import functools
 import logging
+import signal
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -186,4 +187,5 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in any command that is piped to head
     sys.exit(main())

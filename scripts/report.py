@@ -11,6 +11,7 @@ run folders alone; runs that are unfinished, damaged or out of line are listed w
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -97,4 +98,5 @@ def write_picture(folder: Path, picture: pictures.Picture) -> text.Picture:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as in any command that is piped to head
     sys.exit(main())

@@ -350,6 +350,20 @@ def test_a_vanished_folder_stops_the_run(place):
     again.communicate(timeout=PATIENCE)
 
 
+def test_a_run_that_nobody_listens_to_goes_on(place):
+    """As under ``| head -1``, or where the terminal is closed."""
+    options = arguments(place, "--save", "unheard", "--epochs", 2, "--lr", "0.01")
+    process = start_main(*options, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().startswith("run: ")
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate(timeout=PATIENCE)[1] == ""
+    assert process.returncode == 0
+    said = (place["results"] / "unheard" / "log.txt").read_text()
+    assert "epoch 2/2: train loss" in said
+    assert said.splitlines()[-1].endswith("%")
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(place):
     options = arguments(place, "--save", "damaged", "--epochs", 4, "--lr", "0.01")
     run_main(*options)

@@ -28,6 +28,18 @@ class _Warnings(logging.Handler):
         self.lines.append(record.getMessage().removeprefix("warning: "))
 
 
+class _Terminal(logging.StreamHandler):
+    """Standard output, for as long as somebody reads it: a closed pipe or terminal ends no run, its file gets every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+            return
+        log.removeHandler(self)
+        with contextlib.suppress(OSError, ValueError):  # what Python still holds for it is not to fail at the end either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 class LogFile(logging.FileHandler):
     """The run's ``log.txt``, from ``start`` to ``end``: every line, those that came before it was open too.
 
@@ -62,7 +74,7 @@ def log_to_terminal(level: int = logging.INFO) -> None:
     """Sends the log's lines from ``level`` on to standard output; the run's file gets every line."""
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Terminal(sys.stdout)
     handler.setLevel(level)
     log.handlers = [handler, _Early(), _Warnings()]
 
