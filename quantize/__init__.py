@@ -25,14 +25,16 @@ With ``r`` a rate, ``e`` the epoch counted from 0, ``lr`` the learning rate and 
     prox_connect   binary (any)                 soft              lazy  r * e                         yes
     ============== ============================ ================= ===== ============================= =====
 
-Where to read on: ``selectors`` (which parameters), ``quantizers`` and ``multibit`` (to what), ``pulls`` (how), ``modes`` (the
-table above as objects), ``optimizer`` (what a user holds) and ``projection`` (the step itself), ``metrics`` (what is watched),
-``packing`` (the finished network as a file of bits), ``codes`` (one tensor of it) and ``packed_layers`` (packed in memory too). How
-it is fast: ``groups`` (levels by tensor and by row) and ``blocks`` (in place, in pieces of cache size).
+Where to read on: ``selectors`` (which parameters; ``listing`` says it in words), ``quantizers`` and ``multibit`` (to what),
+``pulls`` (how), ``modes`` (the table above as objects), ``optimizer`` (what a user holds) and ``projection`` (the step itself),
+``metrics`` (what is watched), ``packing`` (the finished network as a file of bits), ``codes`` (one tensor of it) and
+``packed_layers`` (packed in memory too). How it is fast: ``groups`` (levels by tensor and by row) and ``blocks`` (in place, in
+pieces of cache size).
 
 Source: Bai, Wang, Liberty: "ProxQuant: Quantized Neural Networks via Proximal Operators", ICLR 2019.
 """
 
+from quantize.listing import explain, reasons
 from quantize.metrics import binary_level, measure, quantization_error, sign_change
 from quantize.modes import ALL_QUANTIZERS, FULL_PRECISION, MODES, QUANTIZERS, ProjectionMode, mode
 from quantize.multibit import alternating, greedy_mean, greedy_median, uniform
@@ -43,7 +45,7 @@ from quantize.projection import NotFinite, NotQuantized
 from quantize.pulls import piecewise_affine, prox_binary, prox_ternary, quadratic, soft
 from quantize.quantizers import Quantizer, binarize, learned_ternary, ternarize
 from quantize.saving import latent_in, levels_in
-from quantize.selectors import explain, quantizable_layers, reasons, select_all_layers, select_inner_layers
+from quantize.selectors import quantizable_layers, select_all_layers, select_inner_layers
 
 __all__ = [
     "ALL_QUANTIZERS",
