@@ -334,13 +334,20 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self.state.clear()
             self.state.update(state)
             raise
-        if found.frozen:
-            self._end_projection(quantized=False)
-        for projection, content in zip(self._projections, found.projections, strict=True):
-            projection.load(*content)
-        self._show()
+        self._load_projections(found)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    @torch.no_grad()
+    def load_projection(self, state_dict: dict[str, Any]) -> None:
+        """Takes over only the projection's part of a ``state_dict``: latent weights, learned levels, strengths, and whether it is
+        frozen. The base optimizer stays as it is, and may be of another kind than the state's; it holds the same parameters.
+
+        Raises:
+            ValueError: as ``load_state_dict``.
+        """
+        self._refuse_while_quantized("load_projection()")
+        self._load_projections(saving.from_torch(state_dict, self._projections, self.param_groups, self.frozen, with_base=False))
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_quantized("a copy")
@@ -399,6 +406,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _check_finite(self) -> None:
         for projection in self._projections:
             projection.check_finite(self._rates())
+
+    def _load_projections(self, found: saving.Found) -> None:
+        if found.frozen:
+            self._end_projection(quantized=False)
+        for projection, content in zip(self._projections, found.projections, strict=True):
+            projection.load(*content)
+        self._show()
 
     def _check_frozen(self) -> None:
         for projection in self._projections if self.frozen else ():

@@ -22,6 +22,7 @@ from quantize import codes
 from quantize.codes import MOST_VALUES, Coded
 from quantize.optimizer import ProjectedOptimizer
 from quantize.packed_table import DTYPES, WORDS, Line, PackedError, check_sizes, lines_of
+from quantize.projection import NotQuantized
 
 VERSION = "2"
 KEY = "proxquant"  # of the version in the container's metadata, which also holds mode, facts and table
@@ -70,7 +71,10 @@ def save_packed(
             than its mode has.
         OSError: if the file cannot be written.
     """
-    held, quantized = model.state_dict(keep_vars=True), optimizer.quantized()
+    try:
+        held, quantized = model.state_dict(keep_vars=True), optimizer.quantized()
+    except NotQuantized as error:
+        raise PackedError(str(error)) from None
     missing = [name for name in quantized if name not in held]
     if missing:
         raise PackedError(f"{missing[0]!r}, which the optimizer quantizes, is no name in the model's state_dict")

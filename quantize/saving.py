@@ -75,9 +75,15 @@ def to_torch(
 
 
 def from_torch(
-    content: Mapping[str, Any], projections: Sequence[Projection], param_groups: Sequence[Mapping[str, Any]], frozen: bool
+    content: Mapping[str, Any],
+    projections: Sequence[Projection],
+    param_groups: Sequence[Mapping[str, Any]],
+    frozen: bool,
+    with_base: bool = True,
 ) -> Found:
     """Takes a state apart and compares it with the optimizer that it is meant for; changes nothing.
+
+    ``with_base``: whether the base optimizer's part is to be loaded, too.
 
     Raises:
         ValueError: if it does not fit.
@@ -96,7 +102,8 @@ def from_torch(
     for key in (_QUANTIZERS, _STRENGTHS, _DRAWS, _FROZEN):
         if key not in common:
             raise ValueError(f"the state is not whole: its parameter groups lack {key}")
-    _compare_settings(common, param_groups[0])
+    if with_base:
+        _compare_settings(common, param_groups[0])
     _compare_modes(common[_MODES], common[_FROZEN], projections, frozen)
     theirs, ours = common[_QUANTIZERS], [projection.mode.shown.in_words for projection in projections]
     if theirs != ours:
@@ -176,7 +183,7 @@ def _compare_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Non
     if more and less:
         raise ValueError(
             f"the state is of another kind of base optimizer: its settings are {', '.join(more)}, where this one's are "
-            f"{', '.join(less)}"
+            f"{', '.join(less)} (load_projection() takes over the rest)"
         )
 
 

@@ -235,8 +235,10 @@ def test_what_cannot_be_packed_is_refused_by_name(tmp_path):
     with torch.no_grad():
         model.weight[0, 0] = 0.5
         model.weight[1] = torch.tensor([1.0, -1.0, 1.0])
-    with pytest.raises(quantize.PackedError, match=r"'weight': it holds 3 in the tensor where at most 2 .*\(mode prox\)"):
+    with pytest.raises(quantize.PackedError, match="weight holds 3 different values after its freeze, where prox gives at most 2"):
         quantize.save_packed(tmp_path / "network", model, optimizer)
+    with pytest.raises(quantize.PackedError, match=r"'weight': it holds 3 in the tensor where at most 2 .*\(mode prox\)"):
+        packing.pack(model.state_dict(), ["weight"], "prox")
     with torch.no_grad():
         model.weight.fill_(1.0)
         model.bias[0] = float("nan")

@@ -1032,6 +1032,30 @@ def test_the_state_of_another_kind_of_optimizer_is_refused():
             assert str(optimizer.state_dict()) == str(before)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("mode_name", MODES)
+def test_the_projection_goes_on_under_another_kind_of_optimizer(mode_name, frozen):
+    model, optimizer = started(mode_name, frozen)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, again = network(), network()
+    continued = wrap(other, mode_name, torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9))
+    expected = wrap(again, mode_name, torch.optim.SGD(again.parameters(), lr=0.1, momentum=0.9))
+    other.load_state_dict(saved[0])
+    continued.load_projection(saved[1])
+    assert_alike(model, optimizer, other, continued)
+    assert (continued.frozen, continued.strengths, continued.defaults["momentum"]) == (frozen, optimizer.strengths, 0.9)
+    if frozen:
+        return
+    again.load_state_dict({**saved[0], **optimizer.latent})
+    for name, levels in expected.levels.items():
+        levels.copy_(optimizer.levels[name])
+    expected._projections[0].draws = optimizer._projections[0].draws
+    expected.set_strength(optimizer.strength)
+    steps(again, expected, 3, 6)
+    steps(other, continued, 3, 6)
+    assert_alike(again, expected, other, continued)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

@@ -121,7 +121,7 @@ def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict
     optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), mode.select(model), mode)
     if "optimizer" in content and content.get("projection_mode") == mode.name:
         try:
-            optimizer.load_state_dict(content["optimizer"])
+            optimizer.load_projection(content["optimizer"])
         except (LookupError, ValueError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
             raise UsageError(f"the checkpoint's optimizer is not this network's ({' '.join(str(error).split())[:200]})") from None
     optimizer.freeze()
