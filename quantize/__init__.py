@@ -34,6 +34,7 @@ pieces of cache size).
 Source: Bai, Wang, Liberty: "ProxQuant: Quantized Neural Networks via Proximal Operators", ICLR 2019.
 """
 
+from quantize.finished import NotFinite, NotQuantized
 from quantize.listing import explain, reasons
 from quantize.metrics import binary_level, measure, quantization_error, sign_change
 from quantize.modes import ALL_QUANTIZERS, FULL_PRECISION, MODES, QUANTIZERS, ProjectionMode, mode
@@ -41,7 +42,6 @@ from quantize.multibit import alternating, greedy_mean, greedy_median, uniform
 from quantize.optimizer import ProjectedOptimizer
 from quantize.packed_layers import PackedConv2d, PackedLinear, load_packed_layers, pack_layers
 from quantize.packing import PackedError, load_packed, save_packed
-from quantize.projection import NotFinite, NotQuantized
 from quantize.pulls import piecewise_affine, prox_binary, prox_ternary, quadratic, soft
 from quantize.quantizers import Quantizer, binarize, learned_ternary, ternarize
 from quantize.saving import latent_in, levels_in

@@ -28,7 +28,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             modes in one network a list of ``(pairs, mode)``. Parameters with ``requires_grad=False`` are left alone.
         mode: one of ``quantize.MODES``, or your own; left out where the modes stand beside their pairs.
         capturable: True keeps the strength on the parameters' device, so that a step recorded as a CUDA graph follows
-            ``set_strength``. The base optimizer must be capturable too, its learning rates tensors on that device.
+            ``set_strength``. The base optimizer must be capturable too, its learning rates tensors on that device. In a lazy mode
+            weights that are written into the model are then taken over by ``set_strength`` only, not by ``step``.
         seed: of what stochastic modes draw.
 
     Raises:
@@ -174,6 +175,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             self._check_frozen()
             self._hold_frozen_still()
             self._base_optimizer.step()
+            torch.clear_autocast_cache()
             return loss
         rates = self._rates()
         for projection in self._projections:
@@ -206,11 +208,16 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if self.frozen:
                 weights = projection.parameters
             elif self._hidden is None:
-                weights = projection.current(self._rates())
+                weights = projection.current()
             else:
                 weights = projection.latent if projection.mode.lazy else self._hidden[number]
             found |= {name: weight.detach() for name, weight in zip(projection.names, weights, strict=True)}
         return found
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The quantized parameters by name."""
+        return dict(self._named())
 
     @property
     def levels(self) -> dict[str, Tensor]:
@@ -231,7 +238,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         found = {}
         for projection in self._projections:
             places = [torch.empty_like(parameter, requires_grad=False) for parameter in projection.parameters]
-            projection.hard_quantize(places, self._rates())
+            projection.hard_quantize(places)
             found |= dict(zip(projection.names, places, strict=True))
         return found
 
@@ -252,11 +259,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             return
         with torch.no_grad():
             self._check_finite()
-            rates = self._rates()
-            written = [projection.written(rates) for projection in self._projections]
+            written = [projection.written() for projection in self._projections]
             hidden = [[parameter.detach().clone() for parameter in one.parameters] for one in self._projections]
             for projection in self._projections:
-                projection.hard_quantize(projection.parameters, rates)
+                projection.hard_quantize(projection.parameters)
             self._hidden = hidden
             versions = [parameter._version for _, parameter in self._named()]
         torch.clear_autocast_cache()
@@ -285,9 +291,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if self.frozen:
             return
         self._check_finite()
-        rates = self._rates()
         for projection in self._projections:
-            projection.hard_quantize(projection.parameters, rates)
+            projection.hard_quantize(projection.parameters)
         self._end_projection(quantized=True)
 
     # Saving, loading and copying.
@@ -302,7 +307,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         latent = self.latent
-        content = saving.to_torch(self._base_optimizer.state_dict(), self.param_groups, self._projections, latent, self.frozen)
+        content = saving.to_torch(self._base_optimizer, self._projections, latent, self.frozen)
         for hook in self._optimizer_state_dict_post_hooks.values():
             changed = hook(self, content)
             content = content if changed is None else changed
@@ -320,7 +325,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
-        found = saving.from_torch(state_dict, self._projections, self.param_groups, self.frozen)
+        found = saving.from_torch(state_dict, self._projections, self._base_optimizer, self.frozen)
         groups = [dict(group) for group in self.param_groups]
         state = dict(self.state)
         try:
@@ -347,7 +352,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             ValueError: as ``load_state_dict``.
         """
         self._refuse_while_quantized("load_projection()")
-        self._load_projections(saving.from_torch(state_dict, self._projections, self.param_groups, self.frozen, with_base=False))
+        self._load_projections(saving.from_torch(state_dict, self._projections, self._base_optimizer, self.frozen, with_base=False))
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_while_quantized("a copy")
@@ -391,9 +396,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _take_over(self) -> None:
         """Weights that were written into the model from outside become the latent ones."""
         if not self.frozen and self._hidden is None:
-            rates = self._rates()
             for projection in self._projections:
-                projection.take_over(rates)
+                projection.take_over()
 
     def _show(self) -> None:
         """Puts the projected weights into the model, in lazy modes."""
@@ -405,7 +409,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _check_finite(self) -> None:
         for projection in self._projections:
-            projection.check_finite(self._rates())
+            projection.check_finite()
 
     def _load_projections(self, found: saving.Found) -> None:
         if found.frozen:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from quantize import codes
 from quantize.codes import MOST_VALUES, Coded
+from quantize.finished import NotQuantized
 from quantize.optimizer import ProjectedOptimizer
 from quantize.packed_table import DTYPES, WORDS, Line, PackedError, check_sizes, lines_of
-from quantize.projection import NotQuantized
 
 VERSION = "2"
 KEY = "proxquant"  # of the version in the container's metadata, which also holds mode, facts and table
@@ -78,6 +78,10 @@ def save_packed(
     missing = [name for name in quantized if name not in held]
     if missing:
         raise PackedError(f"{missing[0]!r}, which the optimizer quantizes, is no name in the model's state_dict")
+    parameters = optimizer.parameters
+    for name in quantized:
+        if held[name] is not parameters[name]:
+            raise PackedError(f"{name!r} is not the parameter that the optimizer quantizes: it was replaced, or is another model's")
     of_parameter = {id(held[name]): name for name in quantized}  # one that layers share is quantized under all its names
     state, coded = {}, []
     for name, value in held.items():

@@ -3,13 +3,14 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from quantize.blocks import Block, blocks_of, in_memory_order
 from quantize.checks import warn_of_half_precision
+from quantize.finished import check_finite, check_quantized
 from quantize.groups import Groups, is_dense
 from quantize.modes import ProjectionMode
 from quantize.selectors import FROZEN_BY
@@ -18,12 +19,11 @@ from quantize.shards import copy, is_sharded, local, over_all, part
 Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the parameter
 
 
-class NotFinite(ValueError):
-    """A weight to be quantized is no finite number."""
+class Loaded(NamedTuple):
+    """Of a state that was loaded: its strength, and how much its weights may differ from ours by rounding, as a share."""
 
-
-class NotQuantized(ValueError):
-    """A frozen weight holds other values than its mode gives."""
+    strength: float
+    rounding: float
 
 
 class Projection:
@@ -52,13 +52,13 @@ class Projection:
         self.draws = 0
         self._capturable, self._seed = capturable, seed
         self._strength_on: dict[torch.device, Tensor] = {}
-        self._shown_at: Rates = {}
-        self._loaded_strength: float | None = None  # of a state that was loaded, until the next step
+        self._shown_at: list[float | Tensor] = []  # the learning rate of each parameter, of what the model shows
+        self._loaded: Loaded | None = None  # of a state that was loaded, until the next step
         self._gradients: list[Tensor | None] = []  # during a step, where levels are learned: the user's, at the shown weights
         self._level_steps: dict[int, Tensor] = {}  # during such a step: what each tensor's levels will lose, by its number
         self._held: dict[int, Tensor] = {}  # parameters that the user holds still: what they show, by number
         self._held_before: dict[int, Tensor] = {}  # those of a state that was loaded, until the next step
-        self._looked_at: list[int | None] = []  # once frozen: each parameter's count of writes when it was last found quantized
+        self._looked_at: list[tuple[Any, ...]] = []  # once frozen: the marks of the parameters when they were last found quantized
         self._arrange()
         self._note_shown()
 
@@ -81,8 +81,8 @@ class Projection:
         """
         self._follow()
         if not self._capturable:
-            self.take_over(rates)
-        self._note_held(rates)
+            self.take_over()
+        self._note_held()
         if not self.mode.lazy:
             return
         if self.levels:
@@ -99,7 +99,7 @@ class Projection:
             self.show(rates)
             return
         self.draws += 1
-        self._loaded_strength, self._held_before = None, {}
+        self._loaded, self._held_before = None, {}
         clips = self.mode.quantizer.clips
         for number, block in enumerate(self._blocks):
             x = block.read(self.parameters)
@@ -115,8 +115,7 @@ class Projection:
                     piece.clamp_(-1.0, 1.0)
             block.write(x, self.parameters)
         self._put_held(self.parameters)
-        self._shown_at = rates
-        self._note_shown()
+        self._note_shown(rates)
 
     def give_up_step(self, rates: Rates) -> None:
         """Shows what the model showed before a step that did not come to its end: latent weights and levels have not moved."""
@@ -138,10 +137,9 @@ class Projection:
         """Puts the pulled weights into the model, in a lazy mode."""
         if self.mode.lazy:
             self._follow()
-            self._note_held(rates)
+            self._note_held()
             self._pulled_into(self.parameters, rates)
-            self._shown_at = rates
-            self._note_shown()
+            self._note_shown(rates)
 
     def _pulled_into(self, places: Sequence[Tensor], rates: Rates) -> None:
         copy(self.latent, places)
@@ -152,12 +150,12 @@ class Projection:
             block.write(x, places)
         self._put_held(places)
 
-    def _note_held(self, rates: Rates) -> None:
+    def _note_held(self) -> None:
         """Which parameters the user holds still, by ``requires_grad``: they show what they do until they are let go."""
         held = {index for index, parameter in enumerate(self.parameters) if not parameter.requires_grad}
         if self.mode.lazy and held == self._held.keys():
             return
-        self.take_over(rates)
+        self.take_over()
         known = {**self._held_before, **self._held} if self.mode.lazy else {}
         self._held = {i: known[i] if i in known else self.parameters[i].detach().clone() for i in held}
 
@@ -214,15 +212,14 @@ class Projection:
 
     # Hard quantization.
 
-    def hard_quantize(self, places: Sequence[Tensor], rates: Rates) -> None:
+    def hard_quantize(self, places: Sequence[Tensor]) -> None:
         """Puts the finished network's values of the weights in training into ``places``, tensors like the parameters.
 
         Raises:
-            NotFinite: if a weight is not a finite number; nothing is written then.
+            NotFinite: if a weight, or a learned level, is not a finite number; nothing is written then.
         """
-        current = self.current(rates)
-        self._check_finite(current)
-        copy(current, places)
+        self.check_finite()
+        copy(self.current(), places)
         quantizer = self.mode.quantizer
         for number, block in enumerate(self._blocks):
             x = block.read(places)
@@ -231,43 +228,34 @@ class Projection:
                 piece.copy_(quantizer.assign(piece, fitted))
             block.write(x, places)
 
-    def check_finite(self, rates: Rates) -> None:
-        """Raises NotFinite if a weight in training is not a finite number."""
-        self._check_finite(self.current(rates))
-
-    def _check_finite(self, weights: Sequence[Tensor]) -> None:
-        if not weights:
-            return
-        strange = [over_all(weight, (~local(weight).isfinite()).any().float(), "max") for weight in weights]
-        for name, one in zip(self.names, torch.stack([one.cpu() for one in strange]).tolist(), strict=True):
-            if one:
-                raise NotFinite(
-                    f"{name} holds values that are not finite numbers: the training has diverged, it cannot be quantized"
-                )
+    def check_finite(self) -> None:
+        """Raises NotFinite if a weight in training, or a learned level, is not a finite number."""
+        check_finite(self.names, self.current())
+        check_finite([f"{name}'s levels" for name in self.names], self.levels)
 
     # Weights that somebody else wrote into the model.
 
-    def current(self, rates: Rates) -> list[Tensor]:
+    def current(self) -> list[Tensor]:
         """The weights in training: the latent ones, but where the model was given others since, those."""
         self._follow()
-        changed = self._changed(rates) if self.mode.lazy else ()
+        changed = self._changed() if self.mode.lazy else ()
         return [
             p.detach() if i in changed else w.detach() for i, (p, w) in enumerate(zip(self.parameters, self.latent, strict=True))
         ]
 
-    def take_over(self, rates: Rates) -> None:
+    def take_over(self) -> None:
         """Weights that were written into the model from outside become the latent ones."""
         self._follow()
         if self.mode.lazy:
-            for index in self._changed(rates):
+            for index in self._changed():
                 self.latent[index].copy_(self.parameters[index])
                 if index in self._held:
                     self._held[index].copy_(self.parameters[index])
 
-    def written(self, rates: Rates) -> set[int]:
+    def written(self) -> set[int]:
         """The numbers of the parameters that somebody else has written since."""
         self._follow()
-        return self._changed(rates) if self.mode.lazy else set()
+        return self._changed() if self.mode.lazy else set()
 
     def put(self, weights: Sequence[Tensor], written: set[int]) -> None:
         """Puts the shown weights back into the model that they were taken from, some of which were ``written`` by others."""
@@ -276,20 +264,33 @@ class Projection:
         for index in written:
             self._shown_marks[index] = None
 
-    def _changed(self, rates: Rates) -> set[int]:
+    def _changed(self) -> set[int]:
         """Which parameters no longer hold what they were made to show."""
         suspects = [i for i, mark in enumerate(self._marks()) if mark != self._shown_marks[i]]
         if not self._anywhere(bool(suspects)):
             return set()
-        expected, now = [torch.empty_like(weight) for weight in self.latent], self.strength
+        expected, now, loaded = [torch.empty_like(weight) for weight in self.latent], self.strength, self._loaded
         # The model that belongs to a loaded state may come after another strength was set: it shows that state's.
-        for strength in {now, now if self._loaded_strength is None else self._loaded_strength}:
+        for strength in {now, loaded.strength if loaded else now}:
             self.hold(strength)
-            self._pulled_into(expected, rates)
+            self._shown_into(expected)
             suspects = [i for i in suspects if not torch.equal(local(expected[i]), local(self.parameters[i].detach()))]
+            if loaded and strength == loaded.strength:
+                everywhere = range(len(expected)) if any(map(is_sharded, self.parameters)) else suspects  # which takes sums
+                alike = {i for i in everywhere if self._alike(i, expected[i], loaded.rounding)}
+                suspects = [i for i in suspects if i not in alike]
         self.hold(now)
         held = self._held_before
         return {i for i in suspects if i not in held or not torch.equal(local(held[i]), local(self.parameters[i].detach()))}
+
+    def _alike(self, index: int, expected: Tensor, rounding: float) -> bool:
+        """Whether a parameter holds what a loaded state shows, but for rounding (another device or layout, a cast) and for what is
+        drawn. Some entries may be rounded over to another level; weights of other contents agree in few of them."""
+        given, expected = local(self.parameters[index].detach()), local(expected)
+        if self.mode.drawn is not None:
+            given, expected = given.abs(), expected.abs()
+        alike = over_all(self.parameters[index], given.isclose(expected, rtol=rounding, atol=0.0).sum().double(), "sum")
+        return bool(2 * alike > self.parameters[index].numel())
 
     def _anywhere(self, suspicion: bool) -> bool:
         """Whether one of those who hold parts of the parameters has a suspicion; all must then look, since looking takes sums."""
@@ -298,8 +299,14 @@ class Projection:
                 return bool(over_all(parameter, torch.tensor(float(suspicion)), "max"))
         return suspicion
 
-    def _note_shown(self) -> None:
+    def _note_shown(self, rates: Rates | None = None) -> None:
+        if rates is not None:
+            self._shown_at = [rates[id(parameter)] for parameter in self.parameters]
         self._shown_marks = self._marks() if self.mode.lazy else []
+
+    def _shown_into(self, places: Sequence[Tensor]) -> None:
+        """Once more what the model was last made to show."""
+        self._pulled_into(places, {id(p): rate for p, rate in zip(self.parameters, self._shown_at, strict=True)})
 
     def _marks(self) -> list[tuple[Any, ...]]:
         """What changes where a parameter is written: torch counts its writes, but not those to its ``data``; on a CPU the sum of
@@ -318,12 +325,15 @@ class Projection:
 
     def _follow(self) -> None:
         """Moves and casts what belongs to parameters that were moved or cast."""
-        if self._forms == self._forms_of(self.parameters):
-            return
+        if self._forms != self._forms_of(self.parameters):
+            with torch.inference_mode(False), torch.no_grad():  # what is made here is trained later
+                self._follow_now()
+
+    def _follow_now(self) -> None:
         if self.mode.lazy:
             # What the model showed before it was moved or cast, which may round differently afterwards.
             shown = [torch.empty_like(weight) for weight in self.latent]
-            self._pulled_into(shown, self._shown_at)
+            self._shown_into(shown)
             pairs = zip(shown, self.parameters, strict=True)
             written = {i for i, (before, p) in enumerate(pairs) if not torch.equal(local(before.to(p)), local(p.detach()))}
             self.latent = [torch.empty_like(p).copy_(w) for p, w in zip(self.parameters, self.latent, strict=True)]
@@ -353,26 +363,18 @@ class Projection:
         self.latent = self.parameters
         self._blocks, self._held, self._held_before = [], {}, {}
         self._shown_marks = []
-        self._looked_at = [parameter._version if quantized else None for parameter in self.parameters]
+        self._looked_at = self._marks() if quantized else []
         for parameter in self.parameters:
             setattr(parameter, FROZEN_BY, self.mode.name)
 
     def check_frozen(self) -> None:
         """Raises NotFinite or NotQuantized if frozen weights were written over with others that are not quantized."""
-        writes = [parameter._version for parameter in self.parameters]
-        if not self._anywhere(writes != self._looked_at):
+        marks = self._marks()
+        if not self._anywhere(marks != self._looked_at):
             return
-        self._check_finite(self.parameters)
-        quantizer = self.mode.quantizer
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            found = over_all(parameter, _values_in(local(parameter.detach()), quantizer.by_row), "max")
-            if int(found) > quantizer.values:
-                where = " in a row" if quantizer.by_row else ""
-                raise NotQuantized(
-                    f"{name} holds {int(found)} different values{where} after its freeze, where {self.mode.name} gives at most "
-                    f"{quantizer.values}: weights that are not quantized were loaded into the frozen model"
-                )
-        self._looked_at = writes
+        check_finite(self.names, self.parameters)
+        check_quantized(self.names, self.parameters, self.mode.quantizer, self.mode.name)
+        self._looked_at = marks
 
     def levels_by_name(self) -> dict[str, Tensor]:
         """Learned levels; the weights' own where a frozen state of before held none."""
@@ -390,7 +392,8 @@ class Projection:
         """Takes over what a state holds; no latent weights or levels where there are none."""
         self._follow()
         self.hold(strength)
-        self._loaded_strength = strength
+        epsilon = max((torch.finfo(one.dtype).eps for one in (*latent, *self.latent)), default=0.0)
+        self._loaded = Loaded(strength, 8 * epsilon)
         self.draws = draws
         for mine, given in zip(self.latent if latent else (), latent, strict=True):
             mine.copy_(given)
@@ -400,7 +403,7 @@ class Projection:
         if latent:  # what is held still shows what it did, or the loaded weights
             self._held_before = {i: torch.empty_like(self.parameters[i]).copy_(w) for i, w in held.items()}
             self._held = {i: w for i, w in self._held_before.items() if not self.parameters[i].requires_grad}
-            self._pulled_into(self.parameters, self._shown_at)
+            self._shown_into(self.parameters)
 
 
 def _extremes(tensor: Tensor) -> Tensor:
@@ -408,13 +411,6 @@ def _extremes(tensor: Tensor) -> Tensor:
     entries = local(tensor)
     both = torch.stack([entries.max(), -entries.min()]) if entries.numel() else entries.new_full((2,), -math.inf)
     return over_all(tensor, both, "max") * entries.new_tensor([1.0, -1.0])
-
-
-def _values_in(w: Tensor, by_row: bool) -> Tensor:
-    """How many different values a tensor holds, or of its rows the one with the most."""
-    rows = w.reshape(len(w), -1) if by_row and w.dim() and w.numel() else w.reshape(1, -1)
-    steps = rows.sort(dim=1).values.diff(dim=1).ne(0).sum(dim=1)
-    return (steps.max() + 1).float() if w.numel() else w.new_zeros((), dtype=torch.float32)
 
 
 def _show_infinite(piece: Tensor, ask_first: bool) -> None:

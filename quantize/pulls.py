@@ -36,6 +36,8 @@ def _quadratic_into(result: Tensor, w: Tensor, q: Tensor, strength: Strength) ->
     """``quadratic`` into a place of its own, which may be that of ``w``; overwrites q."""
     if isinstance(strength, Tensor) or math.isinf(strength):
         result.copy_(quadratic(w, q, strength))
+    elif w.dtype == torch.float16:  # whose largest number is 65,504
+        result.copy_(quadratic(w.float(), q.float(), strength))
     else:
         torch.div(q.mul_(strength).add_(w), 1 + strength, out=result)
 
@@ -110,9 +112,11 @@ class Soft(Pull):
 
     def toward_(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength, clipped: bool) -> None:
         if clipped and quantizer.at_ends and not isinstance(strength, Tensor):
-            quantizer.add_times_(w, strength, fitted)
+            quantizer.add_times_(w, min(strength, 4.0), fitted)
             w.clamp_(-1.0, 1.0)  # the same to the last bit: the clip stops it at q
         else:
+            if not isinstance(strength, Tensor):
+                strength = min(strength, torch.finfo(w.dtype).max)
             torch.clamp(quantizer.assign(w, fitted), w - strength, w + strength, out=w)
 
 
@@ -129,7 +133,7 @@ class Quadratic(Pull):
     name = "quadratic"
 
     def toward_(self, w: Tensor, quantizer: Quantizer, fitted: Fitted, strength: Strength, clipped: bool) -> None:
-        if isinstance(strength, Tensor) or math.isinf(strength):
+        if isinstance(strength, Tensor) or math.isinf(strength) or w.dtype == torch.float16:
             _quadratic_into(w, w, quantizer.assign(w, fitted), strength)
         else:
             quantizer.add_times_(w, strength, fitted)

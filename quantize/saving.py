@@ -4,10 +4,13 @@ so with it: ``state`` by parameter, ``param_groups`` with what holds for all."""
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from quantize.checks import strength_of
-from quantize.projection import NotFinite, Projection
+from quantize.finished import NotFinite
+from quantize.projection import Projection
 from quantize.shards import local, over_all
 
 _LATENT, _LEVELS = "latent", "levels"
@@ -15,8 +18,9 @@ _MODES, _STRENGTHS, _DRAWS, _FROZEN = "projection_modes", "projection_strengths"
 _HELD = "shown"  # by a layer that the user holds still in a lazy mode, where it is not what its latent weights make
 _NAMES = "projection_names"  # of the parameters with latent weights of their own, with their numbers in the state
 _QUANTIZERS = "projection_quantizers"
+_BASE = "projection_base"  # the kind of the base optimizer
 _FROZEN_LEVELS = "projection_levels"  # learned ones, once the parameters have no entries in the state any more
-_OF_GROUPS = (_MODES, _QUANTIZERS, _STRENGTHS, _DRAWS, _FROZEN, _NAMES, _FROZEN_LEVELS)
+_OF_GROUPS = (_MODES, _QUANTIZERS, _STRENGTHS, _DRAWS, _FROZEN, _BASE, _NAMES, _FROZEN_LEVELS)
 _WRAPPED_NAMES = ("_orig_mod", "module", "_fsdp_wrapped_module")  # put before the names by torch.compile, DDP and FSDP
 
 
@@ -38,16 +42,11 @@ class Found(NamedTuple):
     projections: list[Content]
 
 
-def to_torch(
-    base: Mapping[str, Any],
-    param_groups: Sequence[Mapping[str, Any]],
-    projections: Sequence[Projection],
-    latent: Mapping[str, Tensor],
-    frozen: bool,
-) -> dict[str, Any]:
+def to_torch(optimizer: Optimizer, projections: Sequence[Projection], latent: Mapping[str, Tensor], frozen: bool) -> dict[str, Any]:
     """The state of the base optimizer together with that of the projections."""
+    base = optimizer.state_dict()
     state = {index: dict(entry) for index, entry in base["state"].items()}
-    index_of, names = _indices(param_groups), {}
+    index_of, names = _indices(optimizer.param_groups), {}
     for projection in projections if not frozen else ():
         held = projection.held()
         for number, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
@@ -67,6 +66,7 @@ def to_torch(
         _STRENGTHS: [projection.strength for projection in projections],
         _DRAWS: [projection.draws for projection in projections],
         _FROZEN: frozen,
+        _BASE: _kinds(optimizer),
         _NAMES: names,
     }
     if frozen and any(projection.levels for projection in projections):
@@ -77,7 +77,7 @@ def to_torch(
 def from_torch(
     content: Mapping[str, Any],
     projections: Sequence[Projection],
-    param_groups: Sequence[Mapping[str, Any]],
+    optimizer: Optimizer,
     frozen: bool,
     with_base: bool = True,
 ) -> Found:
@@ -88,6 +88,15 @@ def from_torch(
     Raises:
         ValueError: if it does not fit.
     """
+    try:
+        return _taken_apart(content, projections, optimizer, frozen, with_base)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"the state is damaged, or is none of a wrapped optimizer ({type(error).__name__}: {error})") from error
+
+
+def _taken_apart(
+    content: Mapping[str, Any], projections: Sequence[Projection], optimizer: Optimizer, frozen: bool, with_base: bool
+) -> Found:
     if isinstance(content, Mapping) and "base_optimizer" in content:
         return _from_before(content, projections, frozen)
     groups = content.get("param_groups") if isinstance(content, Mapping) else None
@@ -103,7 +112,7 @@ def from_torch(
         if key not in common:
             raise ValueError(f"the state is not whole: its parameter groups lack {key}")
     if with_base:
-        _compare_settings(common, param_groups[0])
+        _compare_base(groups, optimizer)
     _compare_modes(common[_MODES], common[_FROZEN], projections, frozen)
     theirs, ours = common[_QUANTIZERS], [projection.mode.shown.in_words for projection in projections]
     if theirs != ours:
@@ -114,7 +123,7 @@ def from_torch(
         raise ValueError(f"the state's {_DRAWS} are {draws}: whole numbers from 0 up are needed")
     state = {index: dict(entry) for index, entry in content["state"].items()}
     found = []
-    key_of = {} if common[_FROZEN] else _keys(groups, param_groups)
+    key_of = {} if common[_FROZEN] else _keys(groups, optimizer.param_groups)
     for number, projection in enumerate(projections):
         latent, levels, held = [], [], {}
         for index, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
@@ -176,15 +185,21 @@ def _compare_modes(theirs: str, theirs_frozen: bool, projections: Sequence[Proje
         raise ValueError("the state is of a run before its freeze, and this optimizer is frozen")
 
 
-def _compare_settings(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+def _compare_base(groups: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
     """Another kind of optimizer would fail at its next step, for want of what it keeps of each parameter."""
-    known = {*_OF_GROUPS, "params", "param_names", "initial_lr"}
-    more, less = sorted(set(theirs) - set(ours) - known), sorted(set(ours) - set(theirs) - known)
-    if more and less:
+    theirs, ours = groups[0].get(_BASE), _kinds(optimizer)
+    if theirs and not set(theirs) & set(ours):
         raise ValueError(
-            f"the state is of another kind of base optimizer: its settings are {', '.join(more)}, where this one's are "
-            f"{', '.join(less)} (load_projection() takes over the rest)"
+            f"the state is of another kind of base optimizer: of {theirs[0]}, this one is {ours[0]} (load_projection() takes over "
+            "the rest)"
         )
+    if any("lr" not in group for group in groups):
+        raise ValueError("the state is not whole: its parameter groups lack lr")
+
+
+def _kinds(optimizer: Optimizer) -> list[str]:
+    """The names of an optimizer's class and of those that it is derived from."""
+    return [kind.__name__ for kind in type(optimizer).__mro__ if issubclass(kind, Optimizer) and kind is not Optimizer]
 
 
 def _for_each(values: Any, projections: Sequence[Projection], key: str) -> Sequence[Any]:
@@ -196,6 +211,8 @@ def _for_each(values: Any, projections: Sequence[Projection], key: str) -> Seque
 def _fitting(given: Any, wanted: Tensor, what: str) -> Tensor:
     if not isinstance(given, Tensor) or given.shape != wanted.shape:
         raise ValueError(f"the state's {what} are missing or differ in shape from this optimizer's")
+    if not given.is_floating_point() or given.layout != torch.strided or given.is_meta:
+        raise ValueError(f"the state's {what} are no dense tensor of floating-point numbers")
     if over_all(given, (~local(given).isfinite()).any().float(), "max"):
         raise NotFinite(f"the state's {what} hold values that are not finite numbers: it is of a training that has diverged")
     return given

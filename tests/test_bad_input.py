@@ -120,11 +120,11 @@ def test_one_line_and_status_two(folder, arguments, named):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--projection_mode", "prox", "--reg_rate", "1", "--freeze_epoch", "5"], "--freeze_epoch 5 is beyond --epochs"),
+        (["--projection_mode", "prox", "--reg_rate", "1", "--freeze_epoch", "5"], "--freeze_epoch 5 is not below --epochs"),
         (["--projection_mode", "lazy", "--reg_rate", "0.1"], "--reg_rate has no effect"),
         (["--projection_mode", "prox", "--reg_rate", "1", "--binary_reg", "1"], "--binary_reg has no effect"),
         (["--projection_mode", "prox", "--reg_rate", "0"], "--reg_rate is 0"),
-        (["--projection_mode", "prox", "--reg_rate", "1", "--freeze_epoch", "1"], "--freeze_epoch 1: nothing pulls"),
+        (["--projection_mode", "prox", "--reg_rate", "1", "--freeze_epoch", "1", "--epochs", "2"], "--freeze_epoch 1: nothing"),
         (["--reg_rate", "1"], "--reg_rate has no effect"),
     ],
 )

@@ -131,7 +131,7 @@ def test_warnings_are_in_the_log_and_among_the_arguments(train):
     for words in done.facts()["warnings"]:
         assert f"warning: {words}" in done.log()
         assert f"warning: {words}" in done.out
-    assert "--freeze_epoch 9 is beyond --epochs 1" in done.log()
+    assert "--freeze_epoch 9 is not below --epochs 1" in done.log()
     assert train("run", "--projection_mode", "lazy", "--freeze_epoch", 9, "--epochs", 2, "--reg_rate", "0.1").status == 0
     assert done.log().count("--reg_rate has no effect") == 2  # that of the first process is kept
 

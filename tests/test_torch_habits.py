@@ -1,5 +1,6 @@
 """The wrapper among torch's habits: what is done to any optimizer is done to this one, in every mode."""
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -971,7 +972,7 @@ def test_weights_that_are_not_quantized_are_seen_after_the_freeze(mode_name):
     for net, one, written in ((model, optimizer, before), (other, continued, None), (model, optimizer, diverged)):
         if written is not None:
             net.load_state_dict(written)
-        kind, words = (quantize.NotFinite, "not finite") if written is diverged else (quantize.NotQuantized, "different values")
+        kind, words = (quantize.NotFinite, "not finite") if written is diverged else (quantize.NotQuantized, "values")
         for call in (one.step, one.quantized, lambda one=one: show(one), lambda one=one: one.quantized()):
             with pytest.raises(kind, match=words):
                 call()
@@ -1011,23 +1012,27 @@ def test_the_state_of_another_kind_of_optimizer_is_refused():
     model = network()
     kinds = {
         "Adam": lambda: torch.optim.Adam(model.parameters()),
+        "AdamW": lambda: torch.optim.AdamW(model.parameters()),
+        "Adamax": lambda: torch.optim.Adamax(model.parameters()),
+        "RAdam": lambda: torch.optim.RAdam(model.parameters()),
         "SGD": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
-        "Adagrad": lambda: torch.optim.Adagrad(model.parameters()),
     }
     states = {}
     for name, base in kinds.items():
         optimizer = wrap(model, "prox", base())
+        torch.optim.lr_scheduler.OneCycleLR(optimizer.base_optimizer, 1.0, total_steps=9, cycle_momentum=name != "Adamax")
         steps(model, optimizer, 0, 1)
         states[name] = copy.deepcopy(optimizer.state_dict())
     for name, base in kinds.items():
         for other, state in states.items():
             optimizer = wrap(model, "prox", base())
-            if name == other:
-                torch.optim.lr_scheduler.StepLR(optimizer.base_optimizer, 3)
-                optimizer.load_state_dict(state)
+            torch.optim.swa_utils.SWALR(optimizer.base_optimizer, 0.1)
+            if name == other or {name, other} == {"Adam", "AdamW"}:
+                optimizer.load_state_dict(copy.deepcopy(state))
+                steps(model, optimizer, 1, 2)
                 continue
             before = copy.deepcopy(optimizer.state_dict())
-            with pytest.raises(ValueError, match="another kind of base optimizer: its settings are"):
+            with pytest.raises(ValueError, match=f"another kind of base optimizer: of {other}, this one is {name}"):
                 optimizer.load_state_dict(state)
             assert str(optimizer.state_dict()) == str(before)
 
@@ -1089,3 +1094,145 @@ def test_a_second_wrapper_of_a_frozen_model_is_told_why_nothing_is_left(mode_nam
     model[6].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"all \d given have requires_grad=False, \d of them since they were quantized for good"):
         wrap(model, "prox")
+
+
+def cast(state, dtype):
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("change", ["another seed", "channels last", "double", "bfloat16"])
+@pytest.mark.parametrize("mode_name", LAZY)
+def test_latent_weights_outlive_the_order_of_loading_where_rounding_and_draws_differ(mode_name, change):
+    mode = quantize.MODES[mode_name]
+    mode = quantize.mode(mode_name, bits=2) if mode.any_quantizer else mode
+
+    def made(seed=0):
+        model = network().float()
+        return model, quantize.ProjectedOptimizer(torch.optim.Adam(model.parameters()), mode.select(model), mode, seed=seed)
+
+    model, optimizer = made()
+    optimizer.set_strength(0.4)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    latent = {name: weight.clone() for name, weight in optimizer.latent.items()}
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, continued = made(seed=5 if change == "another seed" else 0)
+    if change == "channels last":
+        other.to(memory_format=torch.channels_last)
+    dtype = {"double": torch.float64, "bfloat16": torch.bfloat16}.get(change, torch.float32)
+    other.to(dtype)
+    continued.load_state_dict(saved[1])
+    other.load_state_dict(saved[0])
+    continued.set_strength(0.5)
+    for name, weight in continued.latent.items():
+        assert torch.equal(weight, latent[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_cast_inside_inference_mode_can_be_trained_on(mode_name):
+    model, optimizer = started(mode_name)
+    model.float()
+    optimizer.base_optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.inference_mode(), optimizer.hard_quantized():
+        pass
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.set_strength(0.5)
+
+
+@pytest.mark.parametrize("strength", [4e4, 1e9])
+@pytest.mark.parametrize("mode_name", ["prox", "prox_ternary", "binary_relax", "prox_connect"])
+def test_strengths_beyond_half_precision_pull_all_the_way(mode_name, strength):
+    model = network().half()
+    lossy = not quantize.MODES[mode_name].lazy
+    with pytest.warns(UserWarning, match="half precision") if lossy else contextlib.nullcontext():
+        optimizer = wrap(model, mode_name, torch.optim.SGD(model.parameters(), lr=1.0))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.set_strength(strength)
+    optimizer.step()
+    name = next(iter(optimizer.latent))
+    shown = dict(model.named_parameters())[name].detach()
+    torch.testing.assert_close(shown, optimizer.quantized()[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_levels_that_are_not_finite_are_refused(value):
+    _, optimizer = started("ttq")
+    next(iter(optimizer.levels.values()))[0] = value
+    for call in (optimizer.quantized, optimizer.freeze):
+        with pytest.raises(quantize.NotFinite, match="levels"):
+            call()
+
+
+def test_a_lazy_mode_of_ones_own_whose_strength_goes_with_the_rate_is_copied_and_loaded():
+    mode = dataclasses.replace(quantize.MODES["prox"], name="own", lazy=True)
+    model = network()
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), mode.select(model), mode)
+    optimizer.set_strength(2.0)
+    steps(model, optimizer, 0, 2)
+    latent = {name: weight.clone() for name, weight in optimizer.latent.items()}
+    copied_model, copied = copy.deepcopy((model, optimizer))
+    copied.load_state_dict(copy.deepcopy(copied.state_dict()))
+    copied_model.double()
+    steps(copied_model, copied, 2, 3)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.3
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    for name, weight in optimizer.latent.items():
+        assert torch.equal(weight, latent[name]), name
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_writes_to_the_data_of_frozen_weights_are_seen(mode_name):
+    model, optimizer = started(mode_name, frozen=True)
+    model[3].weight.data.copy_(torch.randn_like(model[3].weight))
+    for call in (optimizer.step, optimizer.quantized):
+        with pytest.raises(quantize.NotQuantized, match=r"3\.weight"):
+            call()
+
+
+@pytest.mark.parametrize("values", [(0.3, -0.7), (0.0, 0.0), (0.1, -0.1)])
+def test_two_values_that_are_not_the_signs_are_not_binary(values):
+    model, optimizer = started("prox", frozen=True)
+    with torch.no_grad():
+        for name in optimizer.latent:
+            weight = dict(model.named_parameters())[name]
+            weight.copy_(torch.where(weight > 0, *(torch.tensor(value, dtype=weight.dtype) for value in values)))
+    with pytest.raises(quantize.NotQuantized, match=r"other values than -1 and \+1"):
+        optimizer.quantized()
+
+
+def test_a_state_that_is_damaged_is_refused_in_words_and_changes_nothing():
+    _, optimizer = started("lazy")
+    whole = optimizer.state_dict()
+    before = str(whole)
+    first = whole["param_groups"][0]
+    number = first["projection_names"]["3.weight"]
+    entry = whole["state"][number]
+
+    def with_groups(**changes):
+        return {**whole, "param_groups": [{**group, **changes} for group in whole["param_groups"]]}
+
+    def with_latent(latent):
+        return {**whole, "state": {**whole["state"], number: {**entry, "latent": latent}}}
+
+    without = [{key: value for key, value in group.items() if key != "lr"} for group in whole["param_groups"]]
+    for broken in (
+        {**whole, "param_groups": without},
+        {**whole, "state": []},
+        {**whole, "state": 3},
+        {**whole, "state": {**whole["state"], number: None}},
+        with_groups(params=None),
+        with_groups(projection_quantizers=None),
+        with_latent(entry["latent"].to_sparse()),
+        with_latent(entry["latent"].to("meta")),
+        with_latent(entry["latent"] > 0),
+        with_latent(entry["latent"].to(torch.complex64)),
+    ):
+        with pytest.raises(ValueError, match="the state"):
+            optimizer.load_state_dict(broken)
+        assert str(optimizer.state_dict()) == before

@@ -364,8 +364,8 @@ def check(args: argparse.Namespace, mode: quantize.ProjectionMode) -> list[str]:
         raise UsageError(f"--start-epoch {args.start_epoch}: a number below --epochs {args.epochs} is needed")
     if args.freeze_epoch >= 0 and args.projection_mode is None:
         raise UsageError(f"--freeze_epoch {args.freeze_epoch}: nothing is quantized without --projection_mode")
-    if args.freeze_epoch > args.epochs:
-        warnings.append(f"--freeze_epoch {args.freeze_epoch} is beyond --epochs {args.epochs}: this run never freezes")
+    if args.freeze_epoch >= args.epochs:
+        warnings.append(f"--freeze_epoch {args.freeze_epoch} is not below --epochs {args.epochs}: this run never freezes")
     if not mode.projects:
         idle = {"reg_rate", "binary_reg", "adjust_reg"}
         warnings += [f"--{name} has no effect without --projection_mode" for name in sorted(idle & args.typed)]

@@ -57,7 +57,7 @@ def describe(job: Job, state: State) -> None:
     if latent:
         count = sum(weight.numel() for weight in latent.values())
         mode = args.mode
-        freeze = "never frozen" if args.freeze_epoch < 0 else f"frozen after epoch {args.freeze_epoch}"
+        freeze = f"frozen after epoch {args.freeze_epoch}" if 0 <= args.freeze_epoch < args.epochs else "never frozen"
         log.info(
             f"mode: {mode.name} ({mode.title}), quantizer {mode.shown.in_words}, "
             f"{count:,} weights in {len(latent)} tensors ({count / parameters:.1%}), {freeze}"
