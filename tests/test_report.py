@@ -883,7 +883,7 @@ def test_perplexity_has_tables_and_pictures_of_its_own(tmp_path):
     assert one["verdict"].startswith("ProxQuant-binary")
 
 
-@pytest.mark.parametrize("folder", ["steps", "held_out", "precision"])
+@pytest.mark.parametrize("folder", ["steps", "held_out", "precision", "family"])
 def test_committed_reports_are_those_of_their_runs(tmp_path, folder, monkeypatch):
     """The command beside them makes them again; pictures apart, whose bytes are matplotlib's."""
     kept = ROOT / "results" / folder
