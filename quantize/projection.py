@@ -103,19 +103,27 @@ class Projection:
         clips = self.mode.quantizer.clips
         for number, block in enumerate(self._blocks):
             x = block.read(self.parameters)
-            for piece in x.pieces if clips else ():
-                _show_infinite(piece, ask_first=piece.device.type == "cpu" and not self._capturable)
-            if self.mode.lazy:
-                if clips:
-                    for piece in x.pieces:
+            if clips and (self.mode.lazy or self.mode.quantizer.at_ends):  # a pull to the ends clips by itself
+                for piece in x.pieces:
+                    self._show_infinite(piece)
+                    if self.mode.lazy:
                         piece.clamp_(-1.0, 1.0)
+            if self.mode.lazy:
                 block.write(x, self.latent)
             for piece in self._pull(number, block, x, rates, clips):  # each is clipped while it lies in the cache
                 if clips and not self.mode.lazy:
+                    if not self.mode.quantizer.at_ends:
+                        self._show_infinite(piece)
                     piece.clamp_(-1.0, 1.0)
             block.write(x, self.parameters)
         self._put_held(self.parameters)
         self._note_shown(rates)
+
+    def _show_infinite(self, piece: Tensor) -> None:
+        """Infinite weights become NaN: the clip would make ordinary ones of them, and hide that the training has diverged."""
+        waits = piece.device.type != "cpu" or self._capturable  # else the sum is cheaper
+        if waits or not math.isfinite(piece.sum()):
+            piece.masked_fill_(piece.isinf(), math.nan)
 
     def give_up_step(self, rates: Rates) -> None:
         """Shows what the model showed before a step that did not come to its end: latent weights and levels have not moved."""
@@ -411,15 +419,6 @@ def _extremes(tensor: Tensor) -> Tensor:
     entries = local(tensor)
     both = torch.stack([entries.max(), -entries.min()]) if entries.numel() else entries.new_full((2,), -math.inf)
     return over_all(tensor, both, "max") * entries.new_tensor([1.0, -1.0])
-
-
-def _show_infinite(piece: Tensor, ask_first: bool) -> None:
-    """Infinite weights become NaN: the clip would make ordinary ones of them, and hide that the training has diverged.
-
-    ``ask_first``: whether to look at the sum, which is cheaper where it need not be waited for.
-    """
-    if not ask_first or not math.isfinite(piece.sum()):
-        piece.masked_fill_(piece.isinf(), math.nan)
 
 
 _SAMPLE = 1024
