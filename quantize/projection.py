@@ -20,10 +20,10 @@ Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the pa
 
 
 class Loaded(NamedTuple):
-    """Of a state that was loaded: its strength, and how much its weights may differ from ours by rounding, as a share."""
+    """Of a state that was loaded: its strength, and the relative step of the numbers that its latent weights are in."""
 
     strength: float
-    rounding: float
+    epsilon: float
 
 
 class Projection:
@@ -121,8 +121,8 @@ class Projection:
 
     def _show_infinite(self, piece: Tensor) -> None:
         """Infinite weights become NaN: the clip would make ordinary ones of them, and hide that the training has diverged."""
-        waits = piece.device.type != "cpu" or self._capturable  # else the sum is cheaper
-        if waits or not math.isfinite(piece.sum()):
+        sum_is_free = piece.device.type == "cpu" and not self._capturable  # elsewhere it would be waited for
+        if not sum_is_free or not math.isfinite(piece.sum()):
             piece.masked_fill_(piece.isinf(), math.nan)
 
     def give_up_step(self, rates: Rates) -> None:
@@ -226,8 +226,9 @@ class Projection:
         Raises:
             NotFinite: if a weight, or a learned level, is not a finite number; nothing is written then.
         """
-        self.check_finite()
-        copy(self.current(), places)
+        current = self.current()
+        self._check_finite(current)
+        copy(current, places)
         quantizer = self.mode.quantizer
         for number, block in enumerate(self._blocks):
             x = block.read(places)
@@ -238,7 +239,10 @@ class Projection:
 
     def check_finite(self) -> None:
         """Raises NotFinite if a weight in training, or a learned level, is not a finite number."""
-        check_finite(self.names, self.current())
+        self._check_finite(self.current())
+
+    def _check_finite(self, weights: Sequence[Tensor]) -> None:
+        check_finite(self.names, weights)
         check_finite([f"{name}'s levels" for name in self.names], self.levels)
 
     # Weights that somebody else wrote into the model.
@@ -285,18 +289,19 @@ class Projection:
             suspects = [i for i in suspects if not torch.equal(local(expected[i]), local(self.parameters[i].detach()))]
             if loaded and strength == loaded.strength:
                 everywhere = range(len(expected)) if any(map(is_sharded, self.parameters)) else suspects  # which takes sums
-                alike = {i for i in everywhere if self._alike(i, expected[i], loaded.rounding)}
+                alike = {i for i in everywhere if self._alike(i, expected[i], loaded.epsilon)}
                 suspects = [i for i in suspects if i not in alike]
         self.hold(now)
         held = self._held_before
         return {i for i in suspects if i not in held or not torch.equal(local(held[i]), local(self.parameters[i].detach()))}
 
-    def _alike(self, index: int, expected: Tensor, rounding: float) -> bool:
+    def _alike(self, index: int, expected: Tensor, epsilon: float) -> bool:
         """Whether a parameter holds what a loaded state shows, but for rounding (another device or layout, a cast) and for what is
         drawn. Some entries may be rounded over to another level; weights of other contents agree in few of them."""
         given, expected = local(self.parameters[index].detach()), local(expected)
         if self.mode.drawn is not None:
             given, expected = given.abs(), expected.abs()
+        rounding = 8 * max(epsilon, torch.finfo(given.dtype).eps)
         alike = over_all(self.parameters[index], given.isclose(expected, rtol=rounding, atol=0.0).sum().double(), "sum")
         return bool(2 * alike > self.parameters[index].numel())
 
@@ -345,8 +350,10 @@ class Projection:
             pairs = zip(shown, self.parameters, strict=True)
             written = {i for i, (before, p) in enumerate(pairs) if not torch.equal(local(before.to(p)), local(p.detach()))}
             self.latent = [torch.empty_like(p).copy_(w) for p, w in zip(self.parameters, self.latent, strict=True)]
-            self._held = {index: torch.empty_like(self.parameters[index]).copy_(w) for index, w in self._held.items()}
-            self._held_before = {}
+            self._held, self._held_before = (
+                {index: torch.empty_like(self.parameters[index]).copy_(w) for index, w in held.items()}
+                for held in (self._held, self._held_before)
+            )
         self.levels = [
             level.to(device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
             for p, level in zip(self.parameters, self.levels, strict=bool(self.levels))
@@ -400,8 +407,7 @@ class Projection:
         """Takes over what a state holds; no latent weights or levels where there are none."""
         self._follow()
         self.hold(strength)
-        epsilon = max((torch.finfo(one.dtype).eps for one in (*latent, *self.latent)), default=0.0)
-        self._loaded = Loaded(strength, 8 * epsilon)
+        self._loaded = Loaded(strength, max((torch.finfo(one.dtype).eps for one in latent), default=0.0))
         self.draws = draws
         for mine, given in zip(self.latent if latent else (), latent, strict=True):
             mine.copy_(given)

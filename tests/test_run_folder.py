@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 import main_binary_reg
 from training import checkpoints, computing, tracking
 from training import folder as folder_module
+from training import log as log_module
 from training.processes import Processes
 
 PROX = ("--projection_mode", "prox", "--reg_rate", 1, "--optimizer", "Adam", "--lr", "0.01")
@@ -158,6 +160,26 @@ def test_a_run_records_what_it_started_from(train):
     again = train("from_folder", "--resume", "results/fp/", *PROX, "--epochs", 2)
     assert again.status == 0, again.err
     assert again.facts()["warm_start"] == again.checkpoint()["warm_start"] == start
+
+
+class Unread(io.StringIO):
+    """Standard output whose reader has gone."""
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_a_line_that_the_terminal_does_not_take_is_in_the_file_and_among_the_warnings(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Unread())
+    monkeypatch.setattr(log_module.log, "handlers", [])
+    log_module.log_to_terminal()
+    log_module.warn("before the file")
+    file = log_module.LogFile(tmp_path / "log.txt")
+    log_module.warn("in the file")
+    file.end()
+    said = (tmp_path / "log.txt").read_text()
+    assert [line.split("warning: ")[1] for line in said.splitlines()] == ["before the file", "in the file"]
+    assert log_module.warnings_so_far() == ["before the file", "in the file"]
 
 
 def test_an_unfinished_warm_start_is_said(train):

@@ -973,7 +973,7 @@ def test_weights_that_are_not_quantized_are_seen_after_the_freeze(mode_name):
         if written is not None:
             net.load_state_dict(written)
         kind, words = (quantize.NotFinite, "not finite") if written is diverged else (quantize.NotQuantized, "values")
-        for call in (one.step, one.quantized, lambda one=one: show(one), lambda one=one: one.quantized()):
+        for call in (one.step, one.quantized, lambda one=one: show(one)):
             with pytest.raises(kind, match=words):
                 call()
         net.load_state_dict(frozen[0])
@@ -1094,10 +1094,6 @@ def test_a_second_wrapper_of_a_frozen_model_is_told_why_nothing_is_left(mode_nam
     model[6].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"all \d given have requires_grad=False, \d of them since they were quantized for good"):
         wrap(model, "prox")
-
-
-def cast(state, dtype):
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
 
 
 @pytest.mark.parametrize("change", ["another seed", "channels last", "double", "bfloat16"])

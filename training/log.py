@@ -35,9 +35,9 @@ class _Terminal(logging.StreamHandler):
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
             return
-        log.removeHandler(self)
-        with contextlib.suppress(OSError, ValueError):  # what Python still holds for it is not to fail at the end either
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        # What Python still holds for it is not to fail at the end either. Without a file behind it each line is lost by itself.
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nobody:
+            os.dup2(nobody.fileno(), self.stream.fileno())
 
 
 class LogFile(logging.FileHandler):
