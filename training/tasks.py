@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import data
 from sources.batches import Batches
 from sources.text import NO_TARGET, same_words
+from training.cross_entropy import cross_entropy
 from utils import Meter, UsageError
 
 Network = Callable[..., Any]
@@ -239,7 +240,7 @@ class Text:
         logits, states = network(inputs, *(state.clone() for state in carried))
         for state, new in zip(carried, states, strict=True):
             state.copy_(new.detach())
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=NO_TARGET)
+        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten(), NO_TARGET)
 
     def length(self, batches: Batches) -> int:
         return batches.batch_size // batches.streams
