@@ -251,6 +251,7 @@ def test_a_new_quantizer_of_five_values(tmp_path):
     assert torch.equal(quantize.load_packed(tmp_path / "network")["2.weight"], model[2].weight)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is meant
 @pytest.mark.parametrize("mode_name", ["prox", "ttq"])
 def test_state_goes_through_a_distributed_checkpoint(mode_name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
