@@ -66,6 +66,8 @@ def check(base_optimizer: Any, groups: Sequence[tuple[Named, ProjectionMode]], c
             "the base optimizer is wrapped already: several modes are one wrapper, ProjectedOptimizer(base, [(pairs, mode), ...])"
         )
     refuse_line_search(base_optimizer)
+    if any("lr" not in group for group in base_optimizer.param_groups):
+        raise ValueError(f"{type(base_optimizer).__name__}'s parameter groups have no learning rate, lr, which pulls are scaled by")
     names: set[str] = set()
     seen: set[int] = set()
     for pairs, mode in groups:

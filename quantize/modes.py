@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from quantize.finished import check_finite
 from quantize.multibit import Alternating, GreedyMean, GreedyMedian, Uniform, UniformWithZero
 from quantize.pulls import Hard, PiecewiseAffine, Pull, Quadratic, Soft
 from quantize.quantizers import Binary, ExponentialBinary, LearnedTernary, Quantizer, StochasticBinary, Ternary
@@ -143,9 +144,16 @@ class ProjectionMode:
         return self.name != "none"
 
     def hard_quantize(self, w: Tensor, levels: Tensor | None = None) -> Tensor:
-        """The finished network's values of one tensor; ``levels`` (positive, negative) where they are learned."""
+        """The finished network's values of one tensor; ``levels`` (positive, negative) where they are learned.
+
+        Raises:
+            NotFinite: if a weight or a level is not a finite number.
+            ValueError: if levels are learned and none are given.
+        """
         if self.quantizer.given == "levels" and levels is None:
-            levels = w.new_tensor(self.quantizer.start)
+            raise ValueError(f"{self.name} learns its levels: those of this tensor are needed (optimizer.levels, by name)")
+        check_finite(["the tensor"], [w])
+        check_finite(["its levels"] if levels is not None else [], [levels] if levels is not None else [])
         return self.quantizer(w, None if levels is None else levels.unsqueeze(0))
 
 

@@ -188,6 +188,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         except BaseException:  # an interruption too: the model must not go on showing the latent weights
             for projection in self._projections:
                 projection.give_up_step(rates)
+            torch.clear_autocast_cache()
             raise
         for projection in self._projections:
             projection.after_step(rates)
@@ -306,8 +307,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        latent = self.latent
-        content = saving.to_torch(self._base_optimizer, self._projections, latent, self.frozen)
+        shown = self._hidden or [projection.parameters for projection in self._projections]
+        content = saving.to_torch(self._base_optimizer, self._projections, self.latent, shown, self.frozen)
         for hook in self._optimizer_state_dict_post_hooks.values():
             changed = hook(self, content)
             content = content if changed is None else changed

@@ -149,8 +149,8 @@ class Projection:
             self._pulled_into(self.parameters, rates)
             self._note_shown(rates)
 
-    def _pulled_into(self, places: Sequence[Tensor], rates: Rates) -> None:
-        copy(self.latent, places)
+    def _pulled_into(self, places: Sequence[Tensor], rates: Rates, latent: Sequence[Tensor] | None = None) -> None:
+        copy(self.latent if latent is None else latent, places)
         for number, block in enumerate(self._blocks):
             x = block.read(places)
             for _ in self._pull(number, block, x, rates):
@@ -165,7 +165,8 @@ class Projection:
             return
         self.take_over()
         known = {**self._held_before, **self._held} if self.mode.lazy else {}
-        self._held = {i: known[i] if i in known else self.parameters[i].detach().clone() for i in held}
+        with torch.inference_mode(False):  # what is made here may be written to later
+            self._held = {i: known[i] if i in known else self.parameters[i].detach().clone() for i in held}
 
     def _put_held(self, places: Sequence[Tensor]) -> None:
         copy(list(self._held.values()), [places[index] for index in self._held])
@@ -203,7 +204,7 @@ class Projection:
     def _pull_gradients_back(self, rates: Rates, ascending: set[int]) -> None:
         """Gradients at the shown weights become those at the latent ones, and give the gradient step of learned levels."""
         quantizer = self.mode.quantizer
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else torch.empty_like(p).copy_(p.grad) for p in self.parameters]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if parameter.grad is None else gradient
         for number, block in enumerate(self._blocks):
@@ -250,24 +251,22 @@ class Projection:
     def current(self) -> list[Tensor]:
         """The weights in training: the latent ones, but where the model was given others since, those."""
         self._follow()
-        changed = self._changed() if self.mode.lazy else ()
-        return [
-            p.detach() if i in changed else w.detach() for i, (p, w) in enumerate(zip(self.parameters, self.latent, strict=True))
-        ]
+        written = self._written() if self.mode.lazy else {}
+        return [written.get(index, weight).detach() for index, weight in enumerate(self.latent)]
 
     def take_over(self) -> None:
         """Weights that were written into the model from outside become the latent ones."""
         self._follow()
         if self.mode.lazy:
-            for index in self._changed():
-                self.latent[index].copy_(self.parameters[index])
+            for index, weights in self._written().items():
+                self.latent[index].copy_(weights)
                 if index in self._held:
                     self._held[index].copy_(self.parameters[index])
 
     def written(self) -> set[int]:
         """The numbers of the parameters that somebody else has written since."""
         self._follow()
-        return self._changed() if self.mode.lazy else set()
+        return set(self._written()) if self.mode.lazy else set()
 
     def put(self, weights: Sequence[Tensor], written: set[int]) -> None:
         """Puts the shown weights back into the model that they were taken from, some of which were ``written`` by others."""
@@ -276,34 +275,55 @@ class Projection:
         for index in written:
             self._shown_marks[index] = None
 
-    def _changed(self) -> set[int]:
-        """Which parameters no longer hold what they were made to show."""
+    def _written(self) -> dict[int, Tensor]:
+        """The weights in training of the parameters that no longer hold what they were made to show, by number.
+
+        They are what was written, and where a parameter still shows what it did, the latent ones. Where it shows that nowhere, or
+        in zeros alone, all of it was written: a zero may be among the values of other levels, too. So it was where weights are
+        drawn, since what is shown does not tell what it is drawn from.
+        """
         suspects = [i for i, mark in enumerate(self._marks()) if mark != self._shown_marks[i]]
         if not self._anywhere(bool(suspects)):
-            return set()
-        expected, now, loaded = [torch.empty_like(weight) for weight in self.latent], self.strength, self._loaded
+            return {}
+        now, loaded = self.strength, self._loaded
         # The model that belongs to a loaded state may come after another strength was set: it shows that state's.
-        for strength in {now, loaded.strength if loaded else now}:
+        for strength in dict.fromkeys((loaded.strength if loaded else now, now)):
             self.hold(strength)
-            self._shown_into(expected)
+            expected = self._shown_again()
             suspects = [i for i in suspects if not torch.equal(local(expected[i]), local(self.parameters[i].detach()))]
             if loaded and strength == loaded.strength:
-                everywhere = range(len(expected)) if any(map(is_sharded, self.parameters)) else suspects  # which takes sums
-                alike = {i for i in everywhere if self._alike(i, expected[i], loaded.epsilon)}
-                suspects = [i for i in suspects if i not in alike]
+                suspects = self._written_after(loaded, expected, suspects)
         self.hold(now)
-        held = self._held_before
-        return {i for i in suspects if i not in held or not torch.equal(local(held[i]), local(self.parameters[i].detach()))}
+        found = {}
+        for index in range(len(expected)) if any(map(is_sharded, self.parameters)) else suspects:  # all processes take these sums
+            parameter = self.parameters[index].detach()
+            kept = parameter == expected[index]
+            some = over_all(parameter, local(kept & (parameter != 0)).any().float(), "max")
+            if index in suspects:
+                by_entry = some and self.mode.drawn is None
+                found[index] = torch.where(kept, self.latent[index], parameter) if by_entry else parameter
+        return found
 
-    def _alike(self, index: int, expected: Tensor, epsilon: float) -> bool:
-        """Whether a parameter holds what a loaded state shows, but for rounding (another device or layout, a cast) and for what is
-        drawn. Some entries may be rounded over to another level; weights of other contents agree in few of them."""
-        given, expected = local(self.parameters[index].detach()), local(expected)
-        if self.mode.drawn is not None:
-            given, expected = given.abs(), expected.abs()
-        rounding = 8 * max(epsilon, torch.finfo(given.dtype).eps)
-        alike = over_all(self.parameters[index], given.isclose(expected, rtol=rounding, atol=0.0).sum().double(), "sum")
-        return bool(2 * alike > self.parameters[index].numel())
+    def _written_after(self, loaded: Loaded, expected: Sequence[Tensor], suspects: Sequence[int]) -> list[int]:
+        """Which of the parameters hold something else than a loaded state shows, but for rounding (a device, layout or dtype).
+
+        Rounding moves a weight over to another level only where it is at the border between them: every entry must be what a
+        slightly larger or a slightly smaller weight shows. The model of a state that was drawn, or of a layer that was held, is
+        in the state itself.
+        """
+        held = self._held_before
+        suspects = [i for i in suspects if i not in held or not torch.equal(local(held[i]), local(self.parameters[i].detach()))]
+        near = [self._shown_again([_moved(weight, sign * _rounding(weight, loaded)) for weight in self.latent]) for sign in (1, -1)]
+        found = []
+        for index in range(len(expected)) if any(map(is_sharded, self.parameters)) else suspects:
+            given = local(self.parameters[index].detach())
+            rounding = _rounding(given, loaded)
+            shown = torch.stack([local(one[index]) for one in (expected, *near)])
+            least, most = shown.amin(0), shown.amax(0)
+            other = (given < least - rounding * least.abs()) | (given > most + rounding * most.abs()) | given.isnan()
+            if over_all(self.parameters[index], other.any().float(), "max") and index in suspects:
+                found.append(index)
+        return found
 
     def _anywhere(self, suspicion: bool) -> bool:
         """Whether one of those who hold parts of the parameters has a suspicion; all must then look, since looking takes sums."""
@@ -317,9 +337,16 @@ class Projection:
             self._shown_at = [rates[id(parameter)] for parameter in self.parameters]
         self._shown_marks = self._marks() if self.mode.lazy else []
 
-    def _shown_into(self, places: Sequence[Tensor]) -> None:
-        """Once more what the model was last made to show."""
-        self._pulled_into(places, {id(p): rate for p, rate in zip(self.parameters, self._shown_at, strict=True)})
+    def _shown_into(self, places: Sequence[Tensor], latent: Sequence[Tensor] | None = None) -> None:
+        """Once more what the model was last made to show, or would have been by other latent weights."""
+        rates = {id(parameter): rate for parameter, rate in zip(self.parameters, self._shown_at, strict=True)}
+        self._pulled_into(places, rates, latent)
+
+    def _shown_again(self, latent: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """The same in tensors of its own."""
+        places = [torch.empty_like(weight) for weight in self.latent]
+        self._shown_into(places, latent)
+        return places
 
     def _marks(self) -> list[tuple[Any, ...]]:
         """What changes where a parameter is written: torch counts its writes, but not those to its ``data``; on a CPU the sum of
@@ -425,6 +452,20 @@ def _extremes(tensor: Tensor) -> Tensor:
     entries = local(tensor)
     both = torch.stack([entries.max(), -entries.min()]) if entries.numel() else entries.new_full((2,), -math.inf)
     return over_all(tensor, both, "max") * entries.new_tensor([1.0, -1.0])
+
+
+def _rounding(tensor: Tensor, loaded: Loaded) -> float:
+    """By which share a tensor's entries may differ where they are the same but for rounding."""
+    return 8 * max(loaded.epsilon, torch.finfo(tensor.dtype).eps)
+
+
+def _moved(weight: Tensor, share: float) -> Tensor:
+    """Each other entry larger by a share and the rest smaller, so that levels that are taken from all stay where they are."""
+    moved = weight.clone()
+    entries = local(moved)
+    signs = torch.arange(entries.numel(), device=entries.device).remainder_(2).mul_(2).sub_(1).view(entries.shape)
+    entries.mul_(1 + share * signs)
+    return moved
 
 
 _SAMPLE = 1024

@@ -15,7 +15,7 @@ from quantize.shards import local, over_all
 
 _LATENT, _LEVELS = "latent", "levels"
 _MODES, _STRENGTHS, _DRAWS, _FROZEN = "projection_modes", "projection_strengths", "projection_draws", "projection_frozen"
-_HELD = "shown"  # by a layer that the user holds still in a lazy mode, where it is not what its latent weights make
+_HELD = "shown"  # by a layer in a lazy mode that the user holds still, or whose weights are drawn: not what latent weights make
 _NAMES = "projection_names"  # of the parameters with latent weights of their own, with their numbers in the state
 _QUANTIZERS = "projection_quantizers"
 _BASE = "projection_base"  # the kind of the base optimizer
@@ -42,12 +42,18 @@ class Found(NamedTuple):
     projections: list[Content]
 
 
-def to_torch(optimizer: Optimizer, projections: Sequence[Projection], latent: Mapping[str, Tensor], frozen: bool) -> dict[str, Any]:
-    """The state of the base optimizer together with that of the projections."""
+def to_torch(
+    optimizer: Optimizer,
+    projections: Sequence[Projection],
+    latent: Mapping[str, Tensor],
+    shown: Sequence[Sequence[Tensor]],
+    frozen: bool,
+) -> dict[str, Any]:
+    """The state of the base optimizer together with that of the projections, each with the weights that the model shows."""
     base = optimizer.state_dict()
     state = {index: dict(entry) for index, entry in base["state"].items()}
     index_of, names = _indices(optimizer.param_groups), {}
-    for projection in projections if not frozen else ():
+    for projection, weights in zip(projections, shown, strict=True) if not frozen else ():
         held = projection.held()
         for number, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
             own = {}
@@ -55,11 +61,16 @@ def to_torch(optimizer: Optimizer, projections: Sequence[Projection], latent: Ma
                 own[_LATENT] = latent[name].clone()
             if number in held:
                 own[_HELD] = held[number].clone()
+            elif projection.mode.drawn is not None:
+                own[_HELD] = weights[number].detach().clone()
             if projection.levels:
                 own[_LEVELS] = projection.levels[number].clone()
             if own:
                 names[name] = index_of[id(parameter)]
                 state.setdefault(index_of[id(parameter)], {}).update(own)
+    if names:  # torch's distributed checkpoints want entries of all parameters or of none
+        for index in index_of.values():
+            state.setdefault(index, {})
     common = {
         _MODES: ",".join(projection.mode.name for projection in projections),
         _QUANTIZERS: [projection.mode.shown.in_words for projection in projections],
@@ -102,8 +113,8 @@ def _taken_apart(
     groups = content.get("param_groups") if isinstance(content, Mapping) else None
     if not groups or "state" not in content:
         raise ValueError("this is not the state of an optimizer: it needs the keys state and param_groups")
-    common = groups[0]
-    if _MODES not in common:
+    common = next((group for group in groups if _MODES in group), {})  # torch's distributed checkpoints lose what empty ones have
+    if not common:
         raise ValueError(
             "the state is of an optimizer that was not wrapped (base_optimizer.load_state_dict() takes it over), or was saved with "
             "flatten_optimizer_state_dict, which cannot be put together again: save it without that option"
@@ -112,7 +123,7 @@ def _taken_apart(
         if key not in common:
             raise ValueError(f"the state is not whole: its parameter groups lack {key}")
     if with_base:
-        _compare_base(groups, optimizer)
+        _compare_base(groups, common, optimizer)
     _compare_modes(common[_MODES], common[_FROZEN], projections, frozen)
     theirs, ours = common[_QUANTIZERS], [projection.mode.shown.in_words for projection in projections]
     if theirs != ours:
@@ -129,6 +140,11 @@ def _taken_apart(
         for index, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
             entry = {} if common[_FROZEN] else state.get(key_of[id(parameter)], {})
             if projection.mode.lazy and not common[_FROZEN]:
+                if _LATENT not in entry and not parameter.requires_grad:
+                    raise ValueError(
+                        f"the state has nothing of {name}, which is held still (requires_grad is False): torch's distributed "
+                        "checkpoints leave such parameters out; let it go until the state is loaded"
+                    )
                 latent.append(_fitting(entry.get(_LATENT), parameter, f"latent weights of {name}"))
                 if _HELD in entry:
                     held[index] = _fitting(entry[_HELD], parameter, f"shown weights of {name}")
@@ -138,10 +154,14 @@ def _taken_apart(
             levels = [one.new_tensor(common[_FROZEN_LEVELS][number][i]) for i, one in enumerate(projection.levels)]
         found.append(Content(strengths[number], draws[number], latent, levels, held))
     stripped = {index: _without(entry, (_LATENT, _LEVELS, _HELD)) for index, entry in state.items()}
+    own = optimizer.param_groups if len(optimizer.param_groups) == len(groups) else [{}] * len(groups)
     base = {
         **content,
         "state": {index: entry for index, entry in stripped.items() if entry},
-        "param_groups": [_without(group, _OF_GROUPS) for group in groups],
+        "param_groups": [
+            (_without(ours, ("params",)) if not group["params"] else {}) | _without(group, _OF_GROUPS)
+            for group, ours in zip(groups, own, strict=True)
+        ],
     }
     return Found(common[_FROZEN], base, found)
 
@@ -185,15 +205,15 @@ def _compare_modes(theirs: str, theirs_frozen: bool, projections: Sequence[Proje
         raise ValueError("the state is of a run before its freeze, and this optimizer is frozen")
 
 
-def _compare_base(groups: Sequence[Mapping[str, Any]], optimizer: Optimizer) -> None:
+def _compare_base(groups: Sequence[Mapping[str, Any]], common: Mapping[str, Any], optimizer: Optimizer) -> None:
     """Another kind of optimizer would fail at its next step, for want of what it keeps of each parameter."""
-    theirs, ours = groups[0].get(_BASE), _kinds(optimizer)
+    theirs, ours = common.get(_BASE), _kinds(optimizer)
     if theirs and not set(theirs) & set(ours):
         raise ValueError(
             f"the state is of another kind of base optimizer: of {theirs[0]}, this one is {ours[0]} (load_projection() takes over "
             "the rest)"
         )
-    if any("lr" not in group for group in groups):
+    if any("lr" not in group for group in groups if group["params"]):
         raise ValueError("the state is not whole: its parameter groups lack lr")
 
 

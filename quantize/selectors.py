@@ -5,6 +5,7 @@ their type and not by their name, so that a prefix that a wrapper puts before th
 better says so itself: a module with a method ``quantizable()``, which returns such pairs with names of its own, is asked.
 """
 
+import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -16,6 +17,7 @@ FROZEN_BY = "frozen_by"  # the attribute of a parameter that was quantized for g
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ONE_WEIGHT = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS)
+_OF_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -66,7 +68,8 @@ def _weights_of(module: nn.Module, embeddings: bool) -> list[str]:
         return ["weight"]
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         names = [*dict(module.named_parameters(recurse=False)), *getattr(module, "parametrizations", {})]
-        return [name for name in names if name.startswith("weight_")]
+        # With or without what weight normalization and pruning put after a name whose weight they compute.
+        return list(dict.fromkeys(found[0] for found in map(_OF_RECURRENT.match, names) if found))
     if isinstance(module, nn.MultiheadAttention):  # its out_proj is a linear layer of its own
         return [name for name in _ATTENTION if getattr(module, name, None) is not None]
     return []

@@ -126,6 +126,9 @@ def test_one_line_and_status_two(folder, arguments, named):
         (["--projection_mode", "prox", "--reg_rate", "0"], "--reg_rate is 0"),
         (["--projection_mode", "prox", "--reg_rate", "1", "--freeze_epoch", "1", "--epochs", "2"], "--freeze_epoch 1: nothing"),
         (["--reg_rate", "1"], "--reg_rate has no effect"),
+        (["--device", "cpu", "--gpu", "0"], "--gpus has no effect with --device cpu"),
+        (["--device", "cpu", "--tf32"], "--tf32 has no effect with --device cpu"),
+        (["--workers", "2"], "--workers has no effect with --dataset cifar10"),
     ],
 )
 def test_warnings(tiny_data, tmp_path, arguments, named):

@@ -746,6 +746,15 @@ def test_a_run_that_never_froze_has_no_final_error(tmp_path):
     assert report.main([str(tmp_path), "--out", str(tmp_path / "out"), "--show"]) == 0
 
 
+def test_the_error_of_a_warm_start_is_that_of_the_weights_that_the_run_began_with(tmp_path):
+    """The full-precision run went on afterwards, to a better network."""
+    start = make_run(tmp_path / "fp_run_0", None, 0, 17.0)
+    folder = make_run(tmp_path / "prox_run_0", "prox", 0, 20.0, resume=str(start))
+    add_facts(folder, warm_start={"path": str(start), "epoch": 2, "score": 81.5, "sha256": "ab" * 32, "finished": False})
+    (group,) = collected(folder)[0]
+    assert group.warm_start[1] == pytest.approx(18.5)
+
+
 def test_one_warm_start_is_claimed_only_of_equal_weights(tmp_path):
     """The same place may have held other weights: checksums decide, and where there are none the report says so."""
     start = make_run(tmp_path / "fp_run_0", None, 0, 17.0)

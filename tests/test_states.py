@@ -66,6 +66,56 @@ def test_a_frozen_state_goes_into_a_new_optimizer_that_is_frozen_first(mode_name
     assert_alike(model, optimizer, other, continued)
 
 
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_distributed_checkpoint_of_an_optimizer_without_a_state_of_its_own(mode_name):
+    """Plain SGD keeps nothing of any parameter, and torch wants entries of all or of none."""
+    model, optimizer = restarted(mode_name, base=torch.optim.SGD)
+    steps(model, optimizer, 0, 2)
+    model_state, optimizer_state = copy.deepcopy(get_state_dict(model, optimizer))
+    other, continued = restarted(mode_name, base=torch.optim.SGD)
+    set_state_dict(other, continued, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    assert_alike(model, optimizer, other, continued)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_frozen_state_whose_freeze_has_emptied_a_group(mode_name, first):
+    """As where the quantized weights have a group of their own, without weight decay."""
+
+    def made():
+        model = network()
+        mode = quantize.mode(mode_name)
+        pairs = mode.select(model)
+        taken = {id(parameter) for _, parameter in pairs}
+        groups = [
+            {"params": [parameter for _, parameter in pairs], "weight_decay": 0.0},
+            {"params": [parameter for parameter in model.parameters() if id(parameter) not in taken]},
+        ]
+        base = torch.optim.AdamW(groups if first else groups[::-1], lr=0.01)
+        optimizer = quantize.ProjectedOptimizer(base, pairs, mode)
+        steps(model, optimizer, 0, 2)
+        optimizer.freeze()
+        return model, optimizer
+
+    model, optimizer = made()
+    steps(model, optimizer, 2, 4)
+    model_state, optimizer_state = copy.deepcopy(get_state_dict(model, optimizer))
+    other, continued = made()
+    set_state_dict(other, continued, model_state_dict=model_state, optim_state_dict=optimizer_state)
+    steps(model, optimizer, 4, 6)
+    steps(other, continued, 4, 6)
+    assert_alike(model, optimizer, other, continued)
+
+
+def test_a_distributed_checkpoint_into_a_layer_that_is_held_still_says_what_to_do():
+    model, optimizer = started("lazy")
+    model_state, optimizer_state = copy.deepcopy(get_state_dict(model, optimizer))
+    other, continued = started("lazy", count=0)
+    other[3].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"nothing of 3\.weight, which is held still.*let it go until"):
+        set_state_dict(other, continued, model_state_dict=model_state, optim_state_dict=optimizer_state)
+
+
 @pytest.mark.parametrize("held", [False, True])
 @pytest.mark.parametrize("mode_name", LAZY)
 def test_latent_weights_outlive_any_order_of_loading(mode_name, held):

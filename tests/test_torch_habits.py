@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from test_step import backward, batch, network, weights, wrap
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import quantize
 
@@ -416,6 +416,10 @@ def test_autocast_forgets_the_weights_of_before(mode_name):
         layer = model[int(name.split(".")[0])]
         return F.linear(torch.eye(layer.in_features), layer.weight).t().float()
 
+    def fails_after_moving():
+        parameters[name].add_(1.0)
+        raise ZeroDivisionError
+
     with torch.autocast("cpu", torch.bfloat16):
         model(inputs)
         name = next(iter(optimizer.latent))
@@ -429,6 +433,11 @@ def test_autocast_forgets_the_weights_of_before(mode_name):
         optimizer.step()
         assert torch.equal(shown_by(name), parameters[name].bfloat16().float())
         optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.base_optimizer.step = fails_after_moving
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step()
+        assert torch.equal(shown_by(name), parameters[name].bfloat16().float())
+        del optimizer.base_optimizer.step
         optimizer.freeze()
         assert torch.equal(shown_by(name), parameters[name].bfloat16().float())
 
@@ -536,6 +545,19 @@ def test_a_parametrized_layer_is_its_parameter_or_a_refusal():
         old = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
     with pytest.raises(ValueError, match="remove_weight_norm"):
         quantize.quantizable_layers(old)
+
+
+@pytest.mark.parametrize("change", [nn.utils.weight_norm, nn.utils.spectral_norm, prune.random_unstructured])
+@pytest.mark.parametrize("layer", [nn.LSTM(4, 4, proj_size=2, bidirectional=True), nn.GRUCell(4, 4)])
+def test_a_recurrent_weight_that_is_computed_anew_is_refused(layer, change):
+    """What it is computed from, gains and masked weights, used to be quantized in its place."""
+    layer = copy.deepcopy(layer)
+    name = next(name for name in reversed(dict(layer.named_parameters())) if name.startswith("weight"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        change(layer, name, **({"amount": 0.5} if change is prune.random_unstructured else {}))
+    with pytest.raises(ValueError, match=f"{name} is computed anew in each forward pass"):
+        quantize.quantizable_layers(layer)
 
 
 def test_a_network_that_knows_better_is_asked():
@@ -647,6 +669,10 @@ def test_learned_levels_follow_an_optimizer_that_maximizes():
 
 
 def test_what_cannot_be_is_said():
+    weight = nn.Parameter(torch.ones(3))
+    without_rates = torch.optim.Optimizer([weight], {})
+    with pytest.raises(ValueError, match="no learning rate, lr"):
+        quantize.ProjectedOptimizer(without_rates, [("w", weight)], quantize.mode("lazy"))
     _, optimizer = started("parq")
     with pytest.raises(ValueError, match="<= 1"):
         optimizer.set_strength(7.0)

@@ -366,6 +366,10 @@ def check(args: argparse.Namespace, mode: quantize.ProjectionMode) -> list[str]:
         raise UsageError(f"--freeze_epoch {args.freeze_epoch}: nothing is quantized without --projection_mode")
     if args.freeze_epoch >= args.epochs:
         warnings.append(f"--freeze_epoch {args.freeze_epoch} is not below --epochs {args.epochs}: this run never freezes")
+    if args.device == "cpu":
+        warnings += [f"--{name} has no effect with --device cpu" for name in ("gpus", "tf32") if name in args.typed]
+    if "workers" in args.typed and args.dataset != "imagenet":
+        warnings.append(f"--workers has no effect with --dataset {args.dataset}, whose samples are kept in memory")
     if not mode.projects:
         idle = {"reg_rate", "binary_reg", "adjust_reg"}
         warnings += [f"--{name} has no effect without --projection_mode" for name in sorted(idle & args.typed)]

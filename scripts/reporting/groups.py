@@ -278,7 +278,8 @@ def _warm_start(run: Run, found: list[Run]) -> tuple[str, float | None] | None:
     if start.problem or section_key(identity(start)) != section_key(identity(run)):
         return runs.short_path(place), None  # of an unfinished run, or on other images: no figure that the run can be held against
     if folder == path or path.name == checkpoints.BEST:
-        return start.name, start.best
+        score = run.warm_start.get("score")  # as it was then: the best network is another one where that run has gone on
+        return start.name, start.best if score is None else run.measure.of_score(score)
     kept = re.fullmatch(r"checkpoint(?:_epoch_(\d+))?\.pth\.tar", path.name)
     epoch = (int(kept[1]) if kept[1] else start.arguments["epochs"]) if kept else None
     return runs.short_path(place), start.at(epoch, start.score)

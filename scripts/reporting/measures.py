@@ -25,6 +25,10 @@ class Measure:
     judged: str = "final"
     test_column: str | None = None
 
+    def of_score(self, score: float) -> float:
+        """The measure where a run's score, see ``Task.score``, is given: an accuracy in percent, or a perplexity."""
+        return 100.0 - score if self.column == "val_error1" else score
+
 
 ERROR = Measure("error", "errors", " %", "points", "val_error1")
 PERPLEXITY = Measure("perplexity", "perplexities", "", "of perplexity", "val_ppl", "best", "test_ppl")

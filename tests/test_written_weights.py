@@ -1,0 +1,150 @@
+"""Weights that others write into the model of a lazy mode: what of them becomes latent, before and after a state is loaded."""
+
+import copy
+
+import pytest
+import torch
+from test_step import backward, weights
+from test_torch_habits import LAZY, MODES, started, steps
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+import quantize
+
+FIXED = [name for name in LAZY if quantize.MODES[name].shown.at_ends]  # each weight is quantized by itself
+TAKEN = [name for name in LAZY if not quantize.MODES[name].shown.at_ends and quantize.MODES[name].drawn is None]
+
+
+@pytest.mark.parametrize("mode_name", LAZY)
+def test_the_best_weights_restored_after_a_continuation_are_what_is_frozen(mode_name):
+    """Almost all of them agree with what the loaded state shows."""
+    model, optimizer = started(mode_name)
+    best = weights(model)
+    steps(model, optimizer, 3, 5)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, continued = started(mode_name, count=0)
+    other.load_state_dict(saved[0])
+    continued.load_state_dict(saved[1])
+    other.load_state_dict(best)
+    differing = [name for name in optimizer.latent if not torch.equal(best[name], saved[0][name])]
+    assert differing
+    mode, levels = quantize.MODES[mode_name], continued.levels
+    expected = {name: mode.hard_quantize(best[name], levels.get(name)) for name in differing}
+    for name, value in continued.quantized().items():
+        if name in differing:
+            assert torch.equal(value, expected[name])
+    continued.freeze()
+    for name in differing:
+        assert torch.equal(other.get_parameter(name).detach(), expected[name])
+
+
+@pytest.mark.parametrize("mode_name", FIXED)
+def test_a_network_of_signs_of_others_is_taken_over_after_a_state(mode_name):
+    """By chance about half of its signs are those of the state."""
+    model, optimizer = started(mode_name)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other, continued = started(mode_name, count=0)
+    continued.load_state_dict(saved)
+    signs = {name: value.sign() if value.dim() > 1 else value for name, value in weights(model).items()}
+    for name in continued.latent:
+        signs[name] = signs[name].flatten().roll(1).view(signs[name].shape)
+    other.load_state_dict(signs)
+    for name, value in continued.quantized().items():
+        assert torch.equal(value, signs[name]), name
+
+
+@pytest.mark.parametrize("mode_name", FIXED + TAKEN)
+def test_an_entry_that_is_written_leaves_the_others_their_latent_weights(mode_name):
+    model, optimizer = started(mode_name)
+    for name, before in [(name, weight.clone()) for name, weight in optimizer.latent.items()]:
+        parameter = model.get_parameter(name)
+        with torch.no_grad():
+            parameter.view(-1)[3] = 0.375
+        expected = before.clone()
+        expected.view(-1)[3] = 0.375
+        assert torch.equal(optimizer.latent[name], expected)
+        optimizer.set_strength(0.4)
+        assert torch.equal(optimizer.latent[name], expected)
+
+
+def test_training_under_a_mask_is_that_of_the_weights_that_remain():
+    """BinaryConnect with pruning: entries that are zeroed after each step stay out, and the rest trains as it would."""
+    model, optimizer = started("lazy", count=0)
+    optimizer.base_optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    optimizer.set_strength(1.0)
+    name, latent = next(iter(optimizer.latent.items()))
+    parameter, latent = model.get_parameter(name), latent.clone()
+    mask = torch.arange(parameter.numel()).remainder(10).eq(0).view(parameter.shape)  # a tenth is kept
+    for step in range(6):
+        with torch.no_grad():
+            parameter.mul_(mask)
+        optimizer.zero_grad()
+        backward(model, step)
+        latent = (torch.where(mask, latent, 0.0) - 0.05 * parameter.grad).clamp(-1, 1)
+        optimizer.step()
+        torch.testing.assert_close(optimizer.latent[name][mask], latent[mask], rtol=1e-12, atol=1e-12)
+        assert torch.equal(parameter.detach(), torch.where(latent >= 0, 1.0, -1.0))
+
+
+@pytest.mark.parametrize("mode_name", TAKEN)
+def test_values_of_other_levels_are_taken_whole(mode_name):
+    """Zeros are among both, and are no sign that the rest was left alone."""
+    model, optimizer = started(mode_name)
+    name = next(iter(optimizer.latent))
+    shown = model.get_parameter(name).detach().clone()
+    with torch.no_grad():
+        model.get_parameter(name).copy_(2 * shown)
+    assert torch.equal(optimizer.latent[name], 2 * shown)
+
+
+def test_learned_levels_follow_the_gradient_in_any_layout():
+    """Tensors of more than 65,536 entries are worked on where they lie."""
+    random = torch.Generator().manual_seed(0)
+    values = torch.randn(256, 64, 3, 3, generator=random, dtype=torch.float64)
+    gradient = torch.randn(values.shape, generator=random, dtype=torch.float64)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = nn.Parameter(values.clone())
+        optimizer = quantize.ProjectedOptimizer(torch.optim.SGD([weight], lr=0.001), [("w", weight)], quantize.mode("ttq"))
+        weight.grad = gradient.to(memory_format=layout)
+        optimizer.step()
+        found.append((optimizer.levels["w"], optimizer.latent["w"]))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
+
+
+def test_a_strength_set_in_inference_mode_leaves_a_held_layer_writable():
+    model, optimizer = started("lazy")
+    parameter = model.get_parameter(next(iter(optimizer.latent)))
+    parameter.requires_grad_(False)
+    with torch.inference_mode():
+        optimizer.set_strength(0.5)
+    with torch.no_grad():
+        parameter.add_(0.25)
+    written = parameter.detach().clone()
+    steps(model, optimizer, 3, 4)
+    assert torch.equal(parameter.detach(), written)
+
+
+# One tensor, as for an average of the weights.
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("mode_name", MODES)
+def test_an_average_that_is_not_finite_is_refused(mode_name, value):
+    tensor, levels = torch.tensor([[0.5, value], [-0.5, 0.25]]), torch.tensor([1.0, -1.0])
+    levels = levels if quantize.MODES[mode_name].quantizer.given == "levels" else None
+    with pytest.raises(quantize.NotFinite, match="not finite numbers"):
+        quantize.MODES[mode_name].hard_quantize(tensor, levels)
+    if levels is not None:
+        with pytest.raises(quantize.NotFinite, match="its levels"):
+            quantize.MODES[mode_name].hard_quantize(torch.ones(2, 2), torch.tensor([value, -1.0]))
+
+
+def test_an_average_needs_the_learned_levels():
+    model, optimizer = started("ttq")
+    averaged = AveragedModel(model)
+    for name, weight in optimizer.mode.select(averaged.module):
+        assert optimizer.mode.hard_quantize(weight, optimizer.levels[name]).unique().numel() <= 3
+        with pytest.raises(ValueError, match="learns its levels"):
+            optimizer.mode.hard_quantize(weight, optimizer.levels.get(f"module.{name}"))
