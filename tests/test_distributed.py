@@ -158,13 +158,14 @@ def test_torchrun_restarts_a_job_by_itself(undisturbed, tiny_data, tmp_path):
     assert_same_run(whole / "whole", tmp_path / "broken")
 
 
-def test_three_processes_continue_inside_an_epoch_to_the_same_end(tiny_data, tmp_path):
+@pytest.mark.parametrize("count", [3, 4])
+def test_more_than_two_processes_continue_inside_an_epoch_to_the_same_end(tiny_data, tmp_path, count):
     """More than two sum in an order that depends on where DistributedDataParallel has laid a gradient."""
     arguments = (*NETWORK, "--batch-size", "16", "--epochs", "1", "--data_dir", tiny_data, "--results_dir", tmp_path)
     arguments = (tmp_path, "train", *arguments, "--checkpoint_minutes", "0.00001", "--save")
-    whole = torchrun(WORKER, *arguments, "whole", count=3)
+    whole = torchrun(WORKER, *arguments, "whole", count=count)
     assert whole.returncode == 0, whole.stderr
-    broken = torchrun(WORKER, *arguments, "broken", count=3, fault="2 4", options=("--max-restarts", "1"))
+    broken = torchrun(WORKER, *arguments, "broken", count=count, fault="2 4", options=("--max-restarts", "1"))
     assert broken.returncode == 0, broken.stderr
     assert "continuing in epoch 1, after step 3/5" in broken.stdout
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
