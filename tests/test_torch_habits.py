@@ -560,6 +560,16 @@ def test_a_recurrent_weight_that_is_computed_anew_is_refused(layer, change):
         quantize.quantizable_layers(layer)
 
 
+def test_other_parameters_of_a_recurrent_layer_are_left_alone():
+    layer = nn.LSTM(4, 4)
+    layer.register_parameter("weight_ih_scale", nn.Parameter(torch.ones(())))
+    assert [name for name, _ in quantize.quantizable_layers(layer)] == ["weight_ih_l0", "weight_hh_l0"]
+    weight = layer._parameters.pop("weight_hh_l0")  # as WeightDrop does
+    layer.register_parameter("weight_hh_l0_raw", weight)
+    with pytest.raises(ValueError, match="weight_hh_l0 is computed anew"):
+        quantize.quantizable_layers(layer)
+
+
 def test_a_network_that_knows_better_is_asked():
     class Own(nn.Module):
         def __init__(self):

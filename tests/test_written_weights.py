@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_step import backward, weights
+from test_step import backward, network, weights
 from test_torch_habits import LAZY, MODES, started, steps
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -126,7 +126,166 @@ def test_a_strength_set_in_inference_mode_leaves_a_held_layer_writable():
     assert torch.equal(parameter.detach(), written)
 
 
+VARIANTS = {name: quantize.MODES[name] for name in LAZY} | {
+    "lazy_alt, by row": quantize.mode("lazy_alt", bits=2, by_row=True),
+    "lazy_alt, 3 bits": quantize.mode("lazy_alt", bits=3, by_row=True),
+    "parq, 2 bits": quantize.mode("parq", bits=2),
+    "binary_relax, ternary": quantize.mode("binary_relax", quantizer="ternary"),
+}
+
+
+def trained(mode, dtype=torch.float32, count=2):
+    """A network and its optimizer after some steps, in float32, where the order of a sum can be seen."""
+    model = network().to(dtype)
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.05), mode.select(model), mode)
+    optimizer.set_strength(0.4)
+    for step in range(count):
+        a_step(model, optimizer, step)
+    return model, optimizer
+
+
+def a_step(model, optimizer, step):
+    random = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=random).to(parameter)
+    optimizer.step()
+
+
+def assert_latent(optimizer, latent):
+    for name, weight in optimizer.latent.items():
+        assert torch.equal(weight, latent[name].to(weight)), name
+
+
+def latent_of(optimizer):
+    return {name: weight.clone() for name, weight in optimizer.latent.items()}
+
+
+CHANGES = {
+    "double": lambda model: model.double(),
+    "channels last": lambda model: model.to(memory_format=torch.channels_last),
+    "double and back": lambda model: model.double().float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("mode", VARIANTS.values(), ids=VARIANTS)
+def test_a_cast_model_is_copied_moved_again_and_saved_with_its_latent_weights(mode, change):
+    model, optimizer = trained(mode)
+    latent = latent_of(optimizer)
+    CHANGES[change](model)
+    assert_latent(optimizer, latent)
+    other, copied = copy.deepcopy((model, optimizer))
+    assert_latent(copied, latent)
+    other.double().to(memory_format=torch.channels_last)
+    assert_latent(copied, latent)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for order in (0, 1):
+        again, loaded = trained(mode, next(model.parameters()).dtype, count=0)
+        for what in (order, 1 - order):
+            (again, loaded)[what].load_state_dict(saved[what])
+        assert_latent(loaded, latent)
+        for name, value in again.state_dict().items():
+            assert torch.equal(value, saved[0][name]), name
+    name = next(iter(latent))
+    entry = (0,) * latent[name].dim()
+    with torch.no_grad():
+        model.get_parameter(name)[entry] = 0.0
+    if mode.drawn is None:
+        latent[name][entry] = 0.0
+        assert_latent(optimizer, latent)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("mode", VARIANTS.values(), ids=VARIANTS)
+def test_a_state_goes_into_a_model_of_another_layout(mode, seed):
+    """Levels are differences of larger amplitudes, whose rounding they have."""
+    torch.manual_seed(seed)
+    weight = torch.randn(8, 6, 3, 3)
+    made = []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        parameter = nn.Parameter(weight.to(memory_format=layout))
+        made.append((parameter, quantize.ProjectedOptimizer(torch.optim.SGD([parameter], lr=0.05), [("w", parameter)], mode)))
+    (parameter, optimizer), (other, continued) = made
+    optimizer.set_strength(0.4)
+    parameter.grad = torch.randn(weight.shape)
+    optimizer.step()
+    latent = optimizer.latent["w"].clone()
+    continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with torch.no_grad():
+        other.copy_(parameter)
+    assert torch.equal(continued.latent["w"], latent)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("mode", VARIANTS.values(), ids=VARIANTS)
+def test_a_state_that_is_saved_after_a_mask_continues_as_the_run_does(mode, order):
+    model, optimizer = trained(mode)
+    name = next(iter(optimizer.latent))
+    mask = torch.arange(model.get_parameter(name).numel()).remainder(10).gt(0).view(model.get_parameter(name).shape)
+    with torch.no_grad():
+        model.get_parameter(name).mul_(mask)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, continued = trained(mode, count=0)
+    for what in order:
+        (other, continued)[what].load_state_dict(saved[what])
+    for step in (2, 3):
+        assert_latent(continued, latent_of(optimizer))
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), key
+        a_step(model, optimizer, step)
+        a_step(other, continued, step)
+
+
+@pytest.mark.parametrize("call", ["set_strength", "step"])
+@pytest.mark.parametrize("mode", [mode for mode in VARIANTS.values() if mode.drawn is None and not mode.quantizer.spares_ends])
+def test_holding_a_layer_takes_nothing_over_a_second_time(mode, call):
+    model, optimizer = copy.deepcopy(trained(mode))
+    first, *_, name = optimizer.latent
+    expected = latent_of(optimizer)
+    model.get_parameter(first).requires_grad_(False)
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[1] = 0.125
+    expected[name].view(-1)[1] = 0.125
+    if call == "step":
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    else:
+        optimizer.set_strength(0.7)
+    limits = (-1.0, 1.0) if mode.quantizer.clips and call == "step" else (-100.0, 100.0)
+    assert_latent(optimizer, {one: weight.clamp(*limits) for one, weight in expected.items()})
+
+
+@pytest.mark.parametrize("mode", VARIANTS.values(), ids=VARIANTS)
+def test_a_layer_that_is_held_after_a_state_is_loaded_shows_what_it_did(mode):
+    model, optimizer = trained(mode)
+    parameter = model.get_parameter(next(iter(optimizer.latent)))
+    parameter.requires_grad_(False)
+    optimizer.set_strength(0.3)
+    a_step(model, optimizer, 2)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    other, continued = trained(mode, count=0)
+    other.load_state_dict(saved[0])
+    continued.load_state_dict(saved[1])
+    other.get_parameter(next(iter(optimizer.latent))).requires_grad_(False)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, saved[0][name]), name
+    a_step(model, optimizer, 3)
+    a_step(other, continued, 3)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
 # One tensor, as for an average of the weights.
+
+
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_parameter_can_be_quantized_by_itself(mode_name):
+    parameter = nn.Parameter(torch.randn(4, 6))
+    levels = torch.tensor([1.0, -1.0]) if mode_name == "ttq" else None
+    found = quantize.MODES[mode_name].hard_quantize(parameter, levels)
+    assert torch.equal(found, quantize.MODES[mode_name].hard_quantize(parameter.detach(), levels))
+    assert not found.requires_grad
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
