@@ -418,6 +418,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for projection, content in zip(self._projections, found.projections, strict=True):
             projection.load(*content)
         self._show()
+        for projection in self._projections if not found.frozen else ():
+            projection.show_loaded()
 
     def _check_frozen(self) -> None:
         for projection in self._projections if self.frozen else ():

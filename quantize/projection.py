@@ -3,27 +3,21 @@
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantize.blocks import Block, blocks_of, in_memory_order
+from quantize.blocks import Block, blocks_of
 from quantize.checks import warn_of_half_precision
 from quantize.finished import check_finite, check_quantized
-from quantize.groups import Groups, is_dense
+from quantize.groups import Groups
 from quantize.modes import ProjectionMode
 from quantize.selectors import FROZEN_BY
 from quantize.shards import copy, is_sharded, local, over_all, part
+from quantize.written import Loaded, among, moved, total_of_sample
 
 Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the parameter
-
-
-class Loaded(NamedTuple):
-    """Of a state that was loaded: its strength, and the relative step of the numbers that its latent weights are in."""
-
-    strength: float
-    epsilon: float
 
 
 class Projection:
@@ -57,7 +51,7 @@ class Projection:
         self._gradients: list[Tensor | None] = []  # during a step, where levels are learned: the user's, at the shown weights
         self._level_steps: dict[int, Tensor] = {}  # during such a step: what each tensor's levels will lose, by its number
         self._held: dict[int, Tensor] = {}  # parameters that the user holds still: what they show, by number
-        self._held_before: dict[int, Tensor] = {}  # those of a state that was loaded, until the next step
+        self._shown_apart: dict[int, Tensor] = {}  # what is shown of a loaded state or a cast model, until the next step, by number
         self._looked_at: list[tuple[Any, ...]] = []  # once frozen: the marks of the parameters when they were last found quantized
         self._arrange()
         self._note_shown()
@@ -80,7 +74,7 @@ class Projection:
         ``ascending``: identities of the parameters whose base optimizer maximizes.
         """
         self._follow()
-        if not self._capturable:
+        if not self._capturable or self._holds_others():
             self.take_over()
         self._note_held()
         if not self.mode.lazy:
@@ -99,7 +93,7 @@ class Projection:
             self.show(rates)
             return
         self.draws += 1
-        self._loaded, self._held_before = None, {}
+        self._loaded, self._shown_apart = None, {}
         clips = self.mode.quantizer.clips
         for number, block in enumerate(self._blocks):
             x = block.read(self.parameters)
@@ -158,13 +152,18 @@ class Projection:
             block.write(x, places)
         self._put_held(places)
 
+    def _held_now(self) -> set[int]:
+        return {index for index, parameter in enumerate(self.parameters) if not parameter.requires_grad}
+
+    def _holds_others(self) -> bool:
+        return self.mode.lazy and self._held_now() != self._held.keys()
+
     def _note_held(self) -> None:
         """Which parameters the user holds still, by ``requires_grad``: they show what they do until they are let go."""
-        held = {index for index, parameter in enumerate(self.parameters) if not parameter.requires_grad}
+        held = self._held_now()
         if self.mode.lazy and held == self._held.keys():
             return
-        self.take_over()
-        known = {**self._held_before, **self._held} if self.mode.lazy else {}
+        known = {**self._shown_apart, **self._held} if self.mode.lazy else {}
         with torch.inference_mode(False):  # what is made here may be written to later
             self._held = {i: known[i] if i in known else self.parameters[i].detach().clone() for i in held}
 
@@ -285,45 +284,29 @@ class Projection:
         suspects = [i for i, mark in enumerate(self._marks()) if mark != self._shown_marks[i]]
         if not self._anywhere(bool(suspects)):
             return {}
+        parameters = [parameter.detach() for parameter in self.parameters]
+        kept = [torch.zeros_like(parameter, dtype=torch.bool) for parameter in parameters]
         now, loaded = self.strength, self._loaded
         # The model that belongs to a loaded state may come after another strength was set: it shows that state's.
         for strength in dict.fromkeys((loaded.strength if loaded else now, now)):
             self.hold(strength)
-            expected = self._shown_again()
-            suspects = [i for i in suspects if not torch.equal(local(expected[i]), local(self.parameters[i].detach()))]
+            shown = [self._shown_again()]
             if loaded and strength == loaded.strength:
-                suspects = self._written_after(loaded, expected, suspects)
+                shown += [self._shown_again(moved(self.latent, sign, loaded)) for sign in (1, -1)]
+            for index, parameter in enumerate(parameters):
+                kept[index] |= among(parameter, [one[index] for one in shown], loaded if len(shown) > 1 else None)
         self.hold(now)
-        found = {}
-        for index in range(len(expected)) if any(map(is_sharded, self.parameters)) else suspects:  # all processes take these sums
-            parameter = self.parameters[index].detach()
-            kept = parameter == expected[index]
-            some = over_all(parameter, local(kept & (parameter != 0)).any().float(), "max")
-            if index in suspects:
-                by_entry = some and self.mode.drawn is None
-                found[index] = torch.where(kept, self.latent[index], parameter) if by_entry else parameter
-        return found
+        for index, weights in self._shown_apart.items():
+            kept[index] |= parameters[index] == weights
+        everywhere = any(map(is_sharded, parameters))  # all processes take sums of all then
+        found = {index: self._with_written(index, kept[index]) for index in (range(len(parameters)) if everywhere else suspects)}
+        return {index: weights for index, weights in found.items() if index in suspects and not local(kept[index]).all()}
 
-    def _written_after(self, loaded: Loaded, expected: Sequence[Tensor], suspects: Sequence[int]) -> list[int]:
-        """Which of the parameters hold something else than a loaded state shows, but for rounding (a device, layout or dtype).
-
-        Rounding moves a weight over to another level only where it is at the border between them: every entry must be what a
-        slightly larger or a slightly smaller weight shows. The model of a state that was drawn, or of a layer that was held, is
-        in the state itself.
-        """
-        held = self._held_before
-        suspects = [i for i in suspects if i not in held or not torch.equal(local(held[i]), local(self.parameters[i].detach()))]
-        near = [self._shown_again([_moved(weight, sign * _rounding(weight, loaded)) for weight in self.latent]) for sign in (1, -1)]
-        found = []
-        for index in range(len(expected)) if any(map(is_sharded, self.parameters)) else suspects:
-            given = local(self.parameters[index].detach())
-            rounding = _rounding(given, loaded)
-            shown = torch.stack([local(one[index]) for one in (expected, *near)])
-            least, most = shown.amin(0), shown.amax(0)
-            other = (given < least - rounding * least.abs()) | (given > most + rounding * most.abs()) | given.isnan()
-            if over_all(self.parameters[index], other.any().float(), "max") and index in suspects:
-                found.append(index)
-        return found
+    def _with_written(self, index: int, kept: Tensor) -> Tensor:
+        """A parameter's latent weights, but where it does not show (``kept``) what they make: there what was written."""
+        parameter = self.parameters[index].detach()
+        some = over_all(parameter, local(kept & (parameter != 0)).any().float(), "max")
+        return torch.where(kept, self.latent[index], parameter) if some and self.mode.drawn is None else parameter
 
     def _anywhere(self, suspicion: bool) -> bool:
         """Whether one of those who hold parts of the parameters has a suspicion; all must then look, since looking takes sums."""
@@ -352,7 +335,11 @@ class Projection:
         """What changes where a parameter is written: torch counts its writes, but not those to its ``data``; on a CPU the sum of
         a thousand entries, which is there without waiting, tells of these too."""
         return [
-            (p._version, local(p).data_ptr(), _total(p.detach()) if p.device.type == "cpu" and not self._capturable else None)
+            (
+                p._version,
+                local(p).data_ptr(),
+                total_of_sample(p.detach()) if p.device.type == "cpu" and not self._capturable else None,
+            )
             for p in self.parameters
         ]
 
@@ -371,16 +358,18 @@ class Projection:
 
     def _follow_now(self) -> None:
         if self.mode.lazy:
-            # What the model showed before it was moved or cast, which may round differently afterwards.
+            # The model goes on showing what it did before it was moved or cast, which is not to the last bit what is made anew.
             shown = [torch.empty_like(weight) for weight in self.latent]
             self._shown_into(shown)
-            pairs = zip(shown, self.parameters, strict=True)
-            written = {i for i, (before, p) in enumerate(pairs) if not torch.equal(local(before.to(p)), local(p.detach()))}
+            kept = [one.to(p) == p.detach() for one, p in zip(shown, self.parameters, strict=True)]
+            for index, weights in self._shown_apart.items():
+                kept[index] |= weights.to(self.parameters[index]) == self.parameters[index].detach()
             self.latent = [torch.empty_like(p).copy_(w) for p, w in zip(self.parameters, self.latent, strict=True)]
-            self._held, self._held_before = (
-                {index: torch.empty_like(self.parameters[index]).copy_(w) for index, w in held.items()}
-                for held in (self._held, self._held_before)
-            )
+            self._shown_apart = {index: p.detach().clone() for index, p in enumerate(self.parameters)}
+            self._held = {index: self._shown_apart[index].clone() for index in self._held}
+            for index, mask in enumerate(kept):
+                if over_all(mask, (~local(mask)).any().float(), "max"):
+                    self.latent[index].copy_(self._with_written(index, mask))
         self.levels = [
             level.to(device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
             for p, level in zip(self.parameters, self.levels, strict=bool(self.levels))
@@ -391,8 +380,6 @@ class Projection:
         warn_of_half_precision(now_otherwise, self.mode, stacklevel=6)
         self._arrange()
         self._note_shown()
-        for index in written if self.mode.lazy else ():
-            self._shown_marks[index] = None
 
     @staticmethod
     def _forms_of(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
@@ -403,7 +390,7 @@ class Projection:
     def end(self, quantized: bool) -> None:
         """Lets go of what only training needs, and marks the parameters as quantized for good; they may yet have to be loaded."""
         self.latent = self.parameters
-        self._blocks, self._held, self._held_before = [], {}, {}
+        self._blocks, self._held, self._shown_apart = [], {}, {}
         self._shown_marks = []
         self._looked_at = self._marks() if quantized else []
         for parameter in self.parameters:
@@ -424,12 +411,15 @@ class Projection:
             return {name: _extremes(p.detach()) for name, p in zip(self.names, self.parameters, strict=True)}
         return dict(zip(self.names, self.levels, strict=False))
 
-    def held(self) -> dict[int, Tensor]:
-        """What the parameters show that the user holds still, by number, in a lazy mode: their latent weights do not tell."""
-        return self._held if self.mode.lazy else {}
+    def shown_apart(self) -> set[int]:
+        """The numbers of the parameters of a lazy mode that show something else than is made of their latent weights: those that
+        are held still, drawn, cast, or written by others."""
+        if not self.mode.lazy:
+            return set()
+        return set(range(len(self.names))) if self.mode.drawn is not None else {*self._held, *self._shown_apart, *self.written()}
 
     def load(
-        self, strength: float, draws: int, latent: Sequence[Tensor], levels: Sequence[Tensor], held: Mapping[int, Tensor]
+        self, strength: float, draws: int, latent: Sequence[Tensor], levels: Sequence[Tensor], shown: Mapping[int, Tensor]
     ) -> None:
         """Takes over what a state holds; no latent weights or levels where there are none."""
         self._follow()
@@ -442,9 +432,14 @@ class Projection:
         for mine, given in zip(self.levels, levels, strict=True):
             mine.copy_(given)
         if latent:  # what is held still shows what it did, or the loaded weights
-            self._held_before = {i: torch.empty_like(self.parameters[i]).copy_(w) for i, w in held.items()}
-            self._held = {i: w for i, w in self._held_before.items() if not self.parameters[i].requires_grad}
+            self._shown_apart = {i: torch.empty_like(self.parameters[i]).copy_(w) for i, w in shown.items()}
+            self._held = {i: w for i, w in self._shown_apart.items() if not self.parameters[i].requires_grad}
             self._shown_into(self.parameters)
+
+    def show_loaded(self) -> None:
+        """Puts what a loaded state says is shown into the model: it is not always what the latent weights make."""
+        copy(list(self._shown_apart.values()), [self.parameters[index] for index in self._shown_apart])
+        self._note_shown()
 
 
 def _extremes(tensor: Tensor) -> Tensor:
@@ -452,32 +447,6 @@ def _extremes(tensor: Tensor) -> Tensor:
     entries = local(tensor)
     both = torch.stack([entries.max(), -entries.min()]) if entries.numel() else entries.new_full((2,), -math.inf)
     return over_all(tensor, both, "max") * entries.new_tensor([1.0, -1.0])
-
-
-def _rounding(tensor: Tensor, loaded: Loaded) -> float:
-    """By which share a tensor's entries may differ where they are the same but for rounding."""
-    return 8 * max(loaded.epsilon, torch.finfo(tensor.dtype).eps)
-
-
-def _moved(weight: Tensor, share: float) -> Tensor:
-    """Each other entry larger by a share and the rest smaller, so that levels that are taken from all stay where they are."""
-    moved = weight.clone()
-    entries = local(moved)
-    signs = torch.arange(entries.numel(), device=entries.device).remainder_(2).mul_(2).sub_(1).view(entries.shape)
-    entries.mul_(1 + share * signs)
-    return moved
-
-
-_SAMPLE = 1024
-
-
-def _total(tensor: Tensor) -> float:
-    """The sum of a sample of the entries, spread over all."""
-    entries = local(tensor)
-    if is_dense(entries) and entries.numel() > _SAMPLE:
-        entries = in_memory_order(entries)[:: entries.numel() // _SAMPLE]
-    total = float(entries.sum())
-    return 0.5 if math.isnan(total) else total  # which is equal to itself
 
 
 def _is_zero(rate: float | Tensor) -> bool:

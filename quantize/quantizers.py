@@ -72,7 +72,8 @@ class Quantizer:
         raise NotImplementedError
 
     def __call__(self, w: Tensor, given: Any = None) -> Tensor:
-        """Quantizes one tensor of any shape."""
+        """Quantizes one tensor of any shape; no gradient goes through it."""
+        w = w.detach()
         rows = self.by_row and w.dim() > 0
         x = Rows(w.reshape(len(w), -1) if w.numel() else w.new_empty(len(w), 0)) if rows else OneTensor([w])
         return self.assign(x.pieces[0], self.fit(x, given)).view(w.shape)

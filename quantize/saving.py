@@ -15,7 +15,7 @@ from quantize.shards import local, over_all
 
 _LATENT, _LEVELS = "latent", "levels"
 _MODES, _STRENGTHS, _DRAWS, _FROZEN = "projection_modes", "projection_strengths", "projection_draws", "projection_frozen"
-_HELD = "shown"  # by a layer in a lazy mode that the user holds still, or whose weights are drawn: not what latent weights make
+_SHOWN = "shown"  # by the model in a lazy mode, where it is not what is made of the latent weights
 _NAMES = "projection_names"  # of the parameters with latent weights of their own, with their numbers in the state
 _QUANTIZERS = "projection_quantizers"
 _BASE = "projection_base"  # the kind of the base optimizer
@@ -25,13 +25,14 @@ _WRAPPED_NAMES = ("_orig_mod", "module", "_fsdp_wrapped_module")  # put before t
 
 
 class Content(NamedTuple):
-    """One projection's part of a state; latent weights and levels are empty where there are none."""
+    """One projection's part of a state; latent weights and levels are empty where there are none. ``shown``: by the model, where
+    it is not what is made of the latent weights, by number."""
 
     strength: float
     draws: int
     latent: list[Tensor]
     levels: list[Tensor]
-    held: dict[int, Tensor]
+    shown: dict[int, Tensor]
 
 
 class Found(NamedTuple):
@@ -54,15 +55,13 @@ def to_torch(
     state = {index: dict(entry) for index, entry in base["state"].items()}
     index_of, names = _indices(optimizer.param_groups), {}
     for projection, weights in zip(projections, shown, strict=True) if not frozen else ():
-        held = projection.held()
+        apart = projection.shown_apart()
         for number, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
             own = {}
             if projection.mode.lazy:
                 own[_LATENT] = latent[name].clone()
-            if number in held:
-                own[_HELD] = held[number].clone()
-            elif projection.mode.drawn is not None:
-                own[_HELD] = weights[number].detach().clone()
+            if number in apart:
+                own[_SHOWN] = weights[number].detach().clone()
             if projection.levels:
                 own[_LEVELS] = projection.levels[number].clone()
             if own:
@@ -136,7 +135,7 @@ def _taken_apart(
     found = []
     key_of = {} if common[_FROZEN] else _keys(groups, optimizer.param_groups)
     for number, projection in enumerate(projections):
-        latent, levels, held = [], [], {}
+        latent, levels, shown = [], [], {}
         for index, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
             entry = {} if common[_FROZEN] else state.get(key_of[id(parameter)], {})
             if projection.mode.lazy and not common[_FROZEN]:
@@ -146,14 +145,14 @@ def _taken_apart(
                         "checkpoints leave such parameters out; let it go until the state is loaded"
                     )
                 latent.append(_fitting(entry.get(_LATENT), parameter, f"latent weights of {name}"))
-                if _HELD in entry:
-                    held[index] = _fitting(entry[_HELD], parameter, f"shown weights of {name}")
+                if _SHOWN in entry:
+                    shown[index] = _fitting(entry[_SHOWN], parameter, f"shown weights of {name}")
             if projection.levels and not common[_FROZEN]:
                 levels.append(_fitting(entry.get(_LEVELS), projection.levels[0], f"levels of {name}"))
         if common[_FROZEN] and projection.levels and common.get(_FROZEN_LEVELS):
             levels = [one.new_tensor(common[_FROZEN_LEVELS][number][i]) for i, one in enumerate(projection.levels)]
-        found.append(Content(strengths[number], draws[number], latent, levels, held))
-    stripped = {index: _without(entry, (_LATENT, _LEVELS, _HELD)) for index, entry in state.items()}
+        found.append(Content(strengths[number], draws[number], latent, levels, shown))
+    stripped = {index: _without(entry, (_LATENT, _LEVELS, _SHOWN)) for index, entry in state.items()}
     own = optimizer.param_groups if len(optimizer.param_groups) == len(groups) else [{}] * len(groups)
     base = {
         **content,

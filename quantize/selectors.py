@@ -17,7 +17,7 @@ FROZEN_BY = "frozen_by"  # the attribute of a parameter that was quantized for g
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _ONE_WEIGHT = (nn.Linear, nn.Bilinear, *_CONVOLUTIONS)
-_OF_RECURRENT = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?")
+_OF_RECURRENT = re.compile(r"(weight_(ih|hh|hr)(_l\d+)?(_reverse)?)(_g|_v|_orig|_raw)?")
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
@@ -68,8 +68,8 @@ def _weights_of(module: nn.Module, embeddings: bool) -> list[str]:
         return ["weight"]
     if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
         names = [*dict(module.named_parameters(recurse=False)), *getattr(module, "parametrizations", {})]
-        # With or without what weight normalization and pruning put after a name whose weight they compute.
-        return list(dict.fromkeys(found[0] for found in map(_OF_RECURRENT.match, names) if found))
+        # With or without what weight normalization, pruning and the like put after the name of a weight that they compute.
+        return list(dict.fromkeys(found[1] for found in map(_OF_RECURRENT.fullmatch, names) if found))
     if isinstance(module, nn.MultiheadAttention):  # its out_proj is a linear layer of its own
         return [name for name in _ATTENTION if getattr(module, name, None) is not None]
     return []
@@ -85,7 +85,7 @@ def _parameter_of(module: nn.Module, attribute: str, prefix: str) -> tuple[str, 
             f"is computed by the parametrization {kinds} from several parameters, none of which can be quantized in its place: "
             "remove it first (torch.nn.utils.parametrize.remove_parametrizations), or pass pairs without this layer"
         )
-    weight = getattr(module, attribute)
+    weight = getattr(module, attribute, None)
     if not isinstance(weight, nn.Parameter):
         return prefix + attribute, (
             "is computed anew in each forward pass and is no parameter (pruned, or an old form of weight normalization?): end that "
