@@ -317,7 +317,11 @@ class Projection:
 
     def _note_shown(self, rates: Rates | None = None) -> None:
         if rates is not None:
-            self._shown_at = [rates[id(parameter)] for parameter in self.parameters]
+            given = [rates[id(parameter)] for parameter in self.parameters]
+            if not self._capturable:  # a scheduler changes a rate that is a tensor in place
+                copies = {id(rate): rate.clone() for rate in given if isinstance(rate, Tensor)}
+                given = [copies.get(id(rate), rate) for rate in given]
+            self._shown_at = given
         self._shown_marks = self._marks() if self.mode.lazy else []
 
     def _shown_into(self, places: Sequence[Tensor], latent: Sequence[Tensor] | None = None) -> None:
@@ -412,11 +416,12 @@ class Projection:
         return dict(zip(self.names, self.levels, strict=False))
 
     def shown_apart(self) -> set[int]:
-        """The numbers of the parameters of a lazy mode that show something else than is made of their latent weights: those that
-        are held still, drawn, cast, or written by others."""
+        """The numbers of the parameters of a lazy mode that may show something else than is made of their latent weights: those
+        that are held still, drawn, cast, or written by others; all while a model may be that of a loaded state."""
         if not self.mode.lazy:
             return set()
-        return set(range(len(self.names))) if self.mode.drawn is not None else {*self._held, *self._shown_apart, *self.written()}
+        every = self.mode.drawn is not None or self._loaded is not None
+        return set(range(len(self.names))) if every else {*self._held, *self._shown_apart, *self.written()}
 
     def load(
         self, strength: float, draws: int, latent: Sequence[Tensor], levels: Sequence[Tensor], shown: Mapping[int, Tensor]

@@ -10,6 +10,9 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import quantize
+from quantize.modes import PROXQUANT, ProjectionMode
+from quantize.pulls import Soft
+from quantize.quantizers import Binary
 
 FIXED = [name for name in LAZY if quantize.MODES[name].shown.at_ends]  # each weight is quantized by itself
 TAKEN = [name for name in LAZY if not quantize.MODES[name].shown.at_ends and quantize.MODES[name].drawn is None]
@@ -274,6 +277,35 @@ def test_a_layer_that_is_held_after_a_state_is_loaded_shows_what_it_did(mode):
     a_step(other, continued, 3)
     for name, value in other.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("mode", VARIANTS.values(), ids=VARIANTS)
+def test_a_model_of_a_state_that_comes_after_another_strength_is_saved_with_its_latent_weights(mode):
+    model, optimizer = trained(mode)
+    latent = latent_of(optimizer)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for _ in range(2):
+        other, continued = trained(mode, count=0)
+        continued.load_state_dict(saved[1])
+        continued.set_strength(0.7)
+        other.load_state_dict(saved[0])
+        assert_latent(continued, latent)
+        saved = copy.deepcopy((other.state_dict(), continued.state_dict()))
+
+
+def test_a_rate_that_is_a_tensor_is_changed_in_place_by_a_scheduler():
+    mode = ProjectionMode(
+        "own", "own", "a lazy mode whose pull goes with the rate", Binary(), Soft(), lazy=True, schedule=PROXQUANT
+    )
+    model = network()
+    base = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1))
+    optimizer = quantize.ProjectedOptimizer(base, mode.select(model), mode)
+    optimizer.set_strength(0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.1)
+    a_step(model, optimizer, 0)
+    latent = latent_of(optimizer)
+    scheduler.step()
+    assert_latent(copy.deepcopy((model, optimizer))[1], latent)
 
 
 # One tensor, as for an average of the weights.
