@@ -153,6 +153,7 @@ def _taken_apart(
             levels = [one.new_tensor(common[_FROZEN_LEVELS][number][i]) for i, one in enumerate(projection.levels)]
         found.append(Content(strengths[number], draws[number], latent, levels, shown))
     stripped = {index: _without(entry, (_LATENT, _LEVELS, _SHOWN)) for index, entry in state.items()}
+    # An emptied group may come without settings, see above: it keeps those that it has here.
     own = optimizer.param_groups if len(optimizer.param_groups) == len(groups) else [{}] * len(groups)
     base = {
         **content,

@@ -1,7 +1,7 @@
 """Cross-entropy over many classes, in pieces that stay in a CPU's cache: the language model's 10,000 words.
 
 torch's goes over all logits several times, in float32 and through memory: the log-probabilities, a gradient of mostly zeros for
-them, and the logits' own. Of a bf16 step of the language model on one core that was half.
+them, and the logits' own. By it a bf16 step of the language model took 76 ms on one core, by this one 66 (docs/speed.md).
 """
 
 import torch
