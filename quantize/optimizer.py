@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quantize import saving
 from quantize.checks import Pairs, check, groups_of, refuse_line_search, strength_of
 from quantize.modes import ProjectionMode
-from quantize.projection import Projection
+from quantize.projection import Projection, Snapshot
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):
@@ -53,7 +53,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         self.modes = tuple(mode for _, mode in groups)
         self.frozen = False
         self._projections = [Projection(pairs, mode, capturable, seed + number) for number, (pairs, mode) in enumerate(groups)]
-        self._hidden: list[list[Tensor]] | None = None  # inside hard_quantized(): the weights in training
+        self._hidden: list[Snapshot] | None = None  # inside hard_quantized(): of before it
         self.base_optimizer = base_optimizer
         self.set_strength([mode.strength() for mode in self.modes])
 
@@ -204,16 +204,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def latent(self) -> dict[str, Tensor]:
         """The latent weights by name: this wrapper's own in a lazy mode, else the model's weights (those in training, also inside
         ``hard_quantized()``)."""
-        found = {}
-        for number, projection in enumerate(self._projections):
-            if self.frozen:
-                weights = projection.parameters
-            elif self._hidden is None:
-                weights = projection.current()
-            else:
-                weights = projection.latent if projection.mode.lazy else self._hidden[number]
-            found |= {name: weight.detach() for name, weight in zip(projection.names, weights, strict=True)}
-        return found
+        if self.frozen:
+            return {name: parameter.detach() for name, parameter in self._named()}
+        return self._by_name([now.latent for now in self._now()])
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -223,7 +216,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     @property
     def levels(self) -> dict[str, Tensor]:
         """Learned levels by name, ``(2,)``: the positive and the negative one. Empty in modes that learn none."""
-        return {name: levels for one in self._projections for name, levels in one.levels_by_name().items()}
+        if self.frozen:
+            return self._by_name([projection.frozen_levels() for projection in self._projections])
+        return self._by_name([now.levels for now in self._now()])
 
     @torch.no_grad()
     def quantized(self) -> dict[str, Tensor]:
@@ -260,8 +255,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             return
         with torch.no_grad():
             self._check_finite()
-            written = [projection.written() for projection in self._projections]
-            hidden = [[parameter.detach().clone() for parameter in one.parameters] for one in self._projections]
+            hidden = [now.kept() for now in self._now()]
             for projection in self._projections:
                 projection.hard_quantize(projection.parameters)
             self._hidden = hidden
@@ -273,8 +267,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             if versions != [parameter._version for _, parameter in self._named()]:
                 warnings.warn("weights written into the model inside hard_quantized() are undone at its end", stacklevel=3)
             with torch.no_grad():
-                for projection, weights, by_others in zip(self._projections, self._hidden, written, strict=True):
-                    projection.put(weights, by_others)
+                for projection, before in zip(self._projections, self._hidden, strict=True):
+                    projection.put_back(before)
                 self._hidden = None
             torch.clear_autocast_cache()
 
@@ -292,6 +286,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if self.frozen:
             return
         self._check_finite()
+        self._take_over()
         for projection in self._projections:
             projection.hard_quantize(projection.parameters)
         self._end_projection(quantized=True)
@@ -307,8 +302,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        shown = self._hidden or [projection.parameters for projection in self._projections]
-        content = saving.to_torch(self._base_optimizer, self._projections, self.latent, shown, self.frozen)
+        now = self._now() if not self.frozen else []
+        content = saving.to_torch(self._base_optimizer, self._projections, now, self.frozen)
         for hook in self._optimizer_state_dict_post_hooks.values():
             changed = hook(self, content)
             content = content if changed is None else changed
@@ -379,6 +374,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return [pair for one in self._projections for pair in zip(one.names, one.parameters, strict=True)]
+
+    def _now(self) -> list[Snapshot]:
+        """Each projection's parameters; inside ``hard_quantized()`` as they were before it."""
+        return self._hidden or [projection.snapshot() for projection in self._projections]
+
+    def _by_name(self, found: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+        """What was found for each projection's parameters, or nothing for some, by the parameters' names."""
+        of_each = zip(self._projections, found, strict=True)
+        return {name: one for projection, tensors in of_each for name, one in zip(projection.names, tensors, strict=bool(tensors))}
 
     def _rates(self) -> dict[int, float | Tensor]:
         """The learning rate of each parameter, by its identity."""

@@ -2,8 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,23 @@ from quantize.shards import copy, is_sharded, local, over_all, part
 from quantize.written import Loaded, among, moved, total_of_sample
 
 Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the parameter
+
+
+class Snapshot(NamedTuple):
+    """One mode's parameters at a moment: what the model shows, the weights in training, learned levels, and the numbers of the
+    parameters that others have written, which are in training as they were written."""
+
+    shown: list[Tensor]
+    latent: list[Tensor]
+    levels: list[Tensor]
+    written: set[int]
+
+    def kept(self) -> "Snapshot":
+        """The same for when the model's own weights change."""
+        shown = [weight.clone() for weight in self.shown]
+        if self.latent is self.shown:
+            return self._replace(shown=shown, latent=shown)
+        return self._replace(shown=shown, latent=[w.clone() if i in self.written else w for i, w in enumerate(self.latent)])
 
 
 class Projection:
@@ -173,7 +190,8 @@ class Projection:
     def _pull(self, number: int, block: Block, x: Groups, rates: Rates, clipped: bool = False) -> Iterator[Tensor]:
         strength = self._strength_of(block, x, rates)
         quantizer = self.mode.shown if self.mode.lazy else self.mode.quantizer
-        return self.mode.pull.pull_(x, quantizer, strength, self._given(quantizer.given, number, block, x), clipped)
+        given = self._given(quantizer.given, number, block, x, self.levels)
+        return self.mode.pull.pull_(x, quantizer, strength, given, clipped)
 
     def _strength_of(self, block: Block, x: Groups, rates: Rates) -> float | Tensor:
         like = x.pieces[0]
@@ -190,10 +208,10 @@ class Projection:
         on_device = torch.stack([torch.as_tensor(rate, dtype=torch.float64, device=like.device) for rate in own])
         return x.spread((strength * on_device).to(like.dtype))
 
-    def _given(self, what: str, number: int, block: Block, x: Groups) -> Any:
+    def _given(self, what: str, number: int, block: Block, x: Groups, levels: Sequence[Tensor]) -> Any:
         """What the quantizer of a block must be given beside the weights."""
         if what == "levels":
-            return torch.stack([self.levels[index] for index in block.indices])
+            return torch.stack([levels[index] for index in block.indices])
         if what == "draw":  # follows from the seed and the number of draws alone, so that it can be repeated
             here = "".join(f"/{place}" for place in part(self.parameters[block.indices[0]]))  # each process its own signs
             digest = hashlib.sha256(f"{self._seed}/{self.draws}/{number}{here}".encode()).digest()
@@ -208,7 +226,7 @@ class Projection:
             parameter.grad = None if parameter.grad is None else gradient
         for number, block in enumerate(self._blocks):
             latent, gradient = block.read(self.latent), block.read(gradients)
-            fitted = quantizer.fit(latent, self._given("levels", number, block, latent))
+            fitted = quantizer.fit(latent, self._given("levels", number, block, latent, self.levels))
             weights = iter(latent.pieces)
             sums = gradient.sums(lambda g, weights=weights, fitted=fitted: quantizer.level_terms(g, next(weights), fitted))
             for g, w in zip(gradient.pieces, latent.pieces, strict=True):
@@ -226,52 +244,53 @@ class Projection:
         Raises:
             NotFinite: if a weight, or a learned level, is not a finite number; nothing is written then.
         """
-        current = self.current()
-        self._check_finite(current)
-        copy(current, places)
+        now = self.snapshot()
+        self._check_finite(now)
+        copy(now.latent, places)
         quantizer = self.mode.quantizer
         for number, block in enumerate(self._blocks):
             x = block.read(places)
-            fitted = quantizer.fit(x, self._given(quantizer.given, number, block, x))
+            fitted = quantizer.fit(x, self._given(quantizer.given, number, block, x, now.levels))
             for piece in x.pieces:
                 piece.copy_(quantizer.assign(piece, fitted))
             block.write(x, places)
 
     def check_finite(self) -> None:
         """Raises NotFinite if a weight in training, or a learned level, is not a finite number."""
-        self._check_finite(self.current())
+        self._check_finite(self.snapshot())
 
-    def _check_finite(self, weights: Sequence[Tensor]) -> None:
-        check_finite(self.names, weights)
-        check_finite([f"{name}'s levels" for name in self.names], self.levels)
+    def _check_finite(self, now: Snapshot) -> None:
+        check_finite(self.names, now.latent)
+        check_finite([f"{name}'s levels" for name in self.names], now.levels)
 
     # Weights that somebody else wrote into the model.
 
-    def current(self) -> list[Tensor]:
-        """The weights in training: the latent ones, but where the model was given others since, those."""
+    def snapshot(self) -> Snapshot:
+        """The parameters as they are now; none is copied."""
         self._follow()
-        written = self._written() if self.mode.lazy else {}
-        return [written.get(index, weight).detach() for index, weight in enumerate(self.latent)]
+        shown = [parameter.detach() for parameter in self.parameters]
+        if not self.mode.lazy:
+            return Snapshot(shown, shown, self.levels, set())
+        written = self._written()
+        latent = [written.get(index, weight).detach() for index, weight in enumerate(self.latent)]
+        return Snapshot(shown, latent, self._levels_with(written), set(written))
 
     def take_over(self) -> None:
-        """Weights that were written into the model from outside become the latent ones."""
+        """Weights that were written into the model from outside become the latent ones, and levels in them the learned ones."""
         self._follow()
         if self.mode.lazy:
-            for index, weights in self._written().items():
+            written = self._written()
+            self.levels = self._levels_with(written)
+            for index, weights in written.items():
                 self.latent[index].copy_(weights)
                 if index in self._held:
                     self._held[index].copy_(self.parameters[index])
 
-    def written(self) -> set[int]:
-        """The numbers of the parameters that somebody else has written since."""
-        self._follow()
-        return set(self._written()) if self.mode.lazy else set()
-
-    def put(self, weights: Sequence[Tensor], written: set[int]) -> None:
-        """Puts the shown weights back into the model that they were taken from, some of which were ``written`` by others."""
-        copy(weights, self.parameters)
+    def put_back(self, before: Snapshot) -> None:
+        """Puts what the model showed back into it, still as what others have written where they have."""
+        copy(before.shown, self.parameters)
         self._note_shown()
-        for index in written:
+        for index in before.written:
             self._shown_marks[index] = None
 
     def _written(self) -> dict[int, Tensor]:
@@ -307,6 +326,15 @@ class Projection:
         parameter = self.parameters[index].detach()
         some = over_all(parameter, local(kept & (parameter != 0)).any().float(), "max")
         return torch.where(kept, self.latent[index], parameter) if some and self.mode.drawn is None else parameter
+
+    def _levels_with(self, written: Container[int]) -> list[Tensor]:
+        """The learned levels; of parameters that were ``written`` those that are in them."""
+        found = []
+        for index, own in enumerate(self.levels):
+            parameter = self.parameters[index].detach()
+            somewhere = over_all(parameter, torch.tensor(float(index in written), device=own.device), "max")
+            found.append(_levels_in(parameter, own) if somewhere else own)
+        return found
 
     def _anywhere(self, suspicion: bool) -> bool:
         """Whether one of those who hold parts of the parameters has a suspicion; all must then look, since looking takes sums."""
@@ -374,6 +402,8 @@ class Projection:
             for index, mask in enumerate(kept):
                 if over_all(mask, (~local(mask)).any().float(), "max"):
                     self.latent[index].copy_(self._with_written(index, mask))
+                    if self.levels:
+                        self.levels[index] = _levels_in(self.parameters[index].detach(), self.levels[index])
         self.levels = [
             level.to(device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
             for p, level in zip(self.parameters, self.levels, strict=bool(self.levels))
@@ -409,19 +439,19 @@ class Projection:
         check_quantized(self.names, self.parameters, self.mode.quantizer, self.mode.name)
         self._looked_at = marks
 
-    def levels_by_name(self) -> dict[str, Tensor]:
+    def frozen_levels(self) -> list[Tensor]:
         """Learned levels; the weights' own where a frozen state of before held none."""
         if self.mode.quantizer.given == "levels" and not self.levels:
-            return {name: _extremes(p.detach()) for name, p in zip(self.names, self.parameters, strict=True)}
-        return dict(zip(self.names, self.levels, strict=False))
+            return [_extremes(parameter.detach()) for parameter in self.parameters]
+        return self.levels
 
-    def shown_apart(self) -> set[int]:
+    def shown_apart(self, written: set[int]) -> set[int]:
         """The numbers of the parameters of a lazy mode that may show something else than is made of their latent weights: those
         that are held still, drawn, cast, or written by others; all while a model may be that of a loaded state."""
         if not self.mode.lazy:
             return set()
         every = self.mode.drawn is not None or self._loaded is not None
-        return set(range(len(self.names))) if every else {*self._held, *self._shown_apart, *self.written()}
+        return set(range(len(self.names))) if every else {*self._held, *self._shown_apart, *written}
 
     def load(
         self, strength: float, draws: int, latent: Sequence[Tensor], levels: Sequence[Tensor], shown: Mapping[int, Tensor]
@@ -452,6 +482,16 @@ def _extremes(tensor: Tensor) -> Tensor:
     entries = local(tensor)
     both = torch.stack([entries.max(), -entries.min()]) if entries.numel() else entries.new_full((2,), -math.inf)
     return over_all(tensor, both, "max") * entries.new_tensor([1.0, -1.0])
+
+
+def _levels_in(tensor: Tensor, own: Tensor) -> Tensor:
+    """The levels in a tensor of a positive and a negative one and zero; ``own`` where it lacks one, or has other values."""
+    entries, both = local(tensor), _extremes(tensor)
+    high, low = both[0].clamp(min=0), both[1].clamp(max=0)
+    others = (entries != 0) & (entries != high) & (entries != low)
+    if over_all(tensor, others.any().float(), "max"):
+        return own
+    return torch.where(torch.stack([high > 0, low < 0]), torch.stack([high, low]).to(own), own)
 
 
 def _is_zero(rate: float | Tensor) -> bool:

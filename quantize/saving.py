@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from quantize.checks import strength_of
 from quantize.finished import NotFinite
-from quantize.projection import Projection
+from quantize.projection import Projection, Snapshot
 from quantize.shards import local, over_all
 
 _LATENT, _LEVELS = "latent", "levels"
@@ -46,24 +46,23 @@ class Found(NamedTuple):
 def to_torch(
     optimizer: Optimizer,
     projections: Sequence[Projection],
-    latent: Mapping[str, Tensor],
-    shown: Sequence[Sequence[Tensor]],
+    now: Sequence[Snapshot],
     frozen: bool,
 ) -> dict[str, Any]:
-    """The state of the base optimizer together with that of the projections, each with the weights that the model shows."""
+    """The state of the base optimizer together with that of the projections, each as it is now unless they are frozen."""
     base = optimizer.state_dict()
     state = {index: dict(entry) for index, entry in base["state"].items()}
     index_of, names = _indices(optimizer.param_groups), {}
-    for projection, weights in zip(projections, shown, strict=True) if not frozen else ():
-        apart = projection.shown_apart()
+    for projection, (shown, latent, levels, written) in zip(projections, now, strict=True) if not frozen else ():
+        apart = projection.shown_apart(written)
         for number, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
             own = {}
             if projection.mode.lazy:
-                own[_LATENT] = latent[name].clone()
+                own[_LATENT] = latent[number].clone()
             if number in apart:
-                own[_SHOWN] = weights[number].detach().clone()
-            if projection.levels:
-                own[_LEVELS] = projection.levels[number].clone()
+                own[_SHOWN] = shown[number].clone()
+            if levels:
+                own[_LEVELS] = levels[number].clone()
             if own:
                 names[name] = index_of[id(parameter)]
                 state.setdefault(index_of[id(parameter)], {}).update(own)

@@ -296,6 +296,21 @@ def test_a_step_that_is_interrupted_leaves_what_the_model_showed(name):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("mode_name", MODES)
+def test_a_state_is_the_same_inside_hard_quantized(mode_name, written):
+    model, optimizer = started(mode_name)
+    if written:
+        with torch.no_grad():
+            model.get_parameter(next(iter(optimizer.latent))).mul_(-1.5)
+    outside, latent = copy.deepcopy(optimizer.state_dict()), {name: w.clone() for name, w in optimizer.latent.items()}
+    with optimizer.hard_quantized():
+        inside = optimizer.state_dict()
+        assert inside["param_groups"] == outside["param_groups"]
+        torch.testing.assert_close(inside["state"], outside["state"], rtol=0, atol=0)
+        torch.testing.assert_close(optimizer.latent, latent, rtol=0, atol=0)
+
+
 def test_weights_written_inside_hard_quantized_are_undone_with_a_warning():
     torch.manual_seed(0)
     model = nn.Linear(3, 3)

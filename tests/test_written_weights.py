@@ -100,6 +100,59 @@ def test_values_of_other_levels_are_taken_whole(mode_name):
     assert torch.equal(optimizer.latent[name], 2 * shown)
 
 
+@pytest.mark.parametrize("follow", ["freeze", "quantized", "hard_quantized", "state", "copy", "cast", "strength"])
+def test_quantized_weights_bring_their_learned_levels(follow):
+    """The best network restored at the end of a training: what is frozen is what was loaded, not its codes with later levels."""
+    model, optimizer = started("ttq")
+    best = weights(model)
+    steps(model, optimizer, 3, 8)
+    levels = {name: torch.stack([best[name].max(), best[name].min()]) for name in optimizer.levels}
+    assert not any(torch.equal(optimizer.levels[name], expected) for name, expected in levels.items())
+    model.load_state_dict(best)
+    if follow == "state":
+        saved = copy.deepcopy(optimizer.state_dict())
+        model, optimizer = started("ttq", count=0)
+        optimizer.load_state_dict(saved)
+    elif follow == "copy":
+        model, optimizer = copy.deepcopy((model, optimizer))
+    elif follow == "cast":
+        model.float()
+        best = {name: weight.float() for name, weight in best.items()}
+    elif follow == "strength":
+        optimizer.set_strength(0.5)
+    for name, expected in levels.items():
+        torch.testing.assert_close(optimizer.levels[name], expected.to(best[name].dtype), rtol=0, atol=0)
+    if follow == "quantized":
+        shown = optimizer.quantized()
+    elif follow == "hard_quantized":
+        with optimizer.hard_quantized():
+            shown = weights(model)
+    else:
+        optimizer.freeze()
+        shown = weights(model)
+    for name, found in optimizer.levels.items():
+        assert torch.equal(shown[name], best[name]), name
+        torch.testing.assert_close(found, levels[name].to(found.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("written", ["full precision", "pruned", "one side"])
+def test_other_weights_leave_the_learned_levels_alone(written):
+    model, optimizer = started("ttq")
+    name, before = next(iter(optimizer.levels.items()))
+    before, parameter = before.clone(), model.get_parameter(name)
+    with torch.no_grad():
+        if written == "full precision":
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        elif written == "pruned":
+            parameter[0] = 0
+        else:
+            parameter.copy_(parameter.clamp(min=0) * 2)
+    expected = torch.stack([2 * before[0], before[1]]) if written == "one side" else before
+    assert torch.equal(optimizer.levels[name], expected)
+    optimizer.set_strength(0.0)
+    assert torch.equal(optimizer.levels[name], expected)
+
+
 def test_learned_levels_follow_the_gradient_in_any_layout():
     """Tensors of more than 65,536 entries are worked on where they lie."""
     random = torch.Generator().manual_seed(0)
