@@ -48,6 +48,27 @@ def check_quantized(names: Iterable[str], weights: Sequence[Tensor], quantizer: 
 _CAUSE = "weights that are not quantized were loaded into the frozen model"
 
 
+def was_quantized(weight: Tensor, quantizer: Quantizer) -> bool:
+    """Whether a tensor (each of its rows, where each has levels of its own) looks as if it had been quantized before: it holds no
+    more different values on either side of zero than the quantizer gives, and more weights than that."""
+    here, most = local(weight.detach()), max(1, quantizer.values // 2)
+    rows = here.reshape(len(here), -1) if quantizer.by_row and here.dim() and here.numel() else here.reshape(1, -1)
+    sample = rows[:1, :: max(1, rows.shape[1] // _SAMPLE)]  # tells of nearly all weights in training that they are not
+    unlike = weight.numel() <= (2 * most + 1) * (len(weight) if quantizer.by_row and weight.dim() else 1)
+    unlike = unlike or any(bool((_values_a_side(x) > most).any()) for x in (sample, rows) if x.numel())
+    return not over_all(weight, torch.tensor(float(unlike), device=here.device), "max")
+
+
+_SAMPLE = 1024
+
+
+def _values_a_side(rows: Tensor) -> Tensor:
+    """How many different positive and negative values the rows of a matrix hold, ``(2, rows)``."""
+    rows = rows.sort(dim=1).values
+    new = torch.nn.functional.pad(rows.diff(dim=1).ne(0), (1, 0), value=True)
+    return torch.stack([(new & (rows > 0)).sum(1), (new & (rows < 0)).sum(1)])
+
+
 def _values_in(w: Tensor, by_row: bool) -> Tensor:
     """How many different values a tensor holds, or of its rows the one with the most."""
     if not w.numel():

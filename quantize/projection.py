@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantize.blocks import Block, blocks_of
 from quantize.checks import warn_of_half_precision
-from quantize.finished import check_finite, check_quantized
+from quantize.finished import check_finite, check_quantized, was_quantized
 from quantize.groups import Groups
 from quantize.modes import ProjectionMode
 from quantize.selectors import FROZEN_BY
@@ -55,10 +55,9 @@ class Projection:
         self.latent: list[Tensor] = [p.detach().clone() for p in self.parameters] if mode.lazy else self.parameters
         self.levels: list[Tensor] = []
         if mode.quantizer.given == "levels":
-            self.levels = [
-                torch.tensor(mode.quantizer.start, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-                for p in self.parameters
-            ]
+            for p in self.parameters:
+                start = torch.tensor(mode.quantizer.start, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
+                self.levels.append(_levels_in(p.detach(), start))
         self.strength = 0.0
         self.draws = 0
         self._capturable, self._seed = capturable, seed
@@ -241,19 +240,27 @@ class Projection:
     def hard_quantize(self, places: Sequence[Tensor]) -> None:
         """Puts the finished network's values of the weights in training into ``places``, tensors like the parameters.
 
+        Weights that were quantized before, such as those of the best epoch that are loaded again, stay as they are.
+
         Raises:
             NotFinite: if a weight, or a learned level, is not a finite number; nothing is written then.
         """
         now = self.snapshot()
         self._check_finite(now)
-        copy(now.latent, places)
         quantizer = self.mode.quantizer
+        before = {
+            index: weight.clone()
+            for index, weight in enumerate(now.latent)
+            if not quantizer.settled and was_quantized(weight, quantizer)
+        }
+        copy(now.latent, places)
         for number, block in enumerate(self._blocks):
             x = block.read(places)
             fitted = quantizer.fit(x, self._given(quantizer.given, number, block, x, now.levels))
             for piece in x.pieces:
                 piece.copy_(quantizer.assign(piece, fitted))
             block.write(x, places)
+        copy(list(before.values()), [places[index] for index in before])
 
     def check_finite(self) -> None:
         """Raises NotFinite if a weight in training, or a learned level, is not a finite number."""
@@ -485,13 +492,13 @@ def _extremes(tensor: Tensor) -> Tensor:
 
 
 def _levels_in(tensor: Tensor, own: Tensor) -> Tensor:
-    """The levels in a tensor of a positive and a negative one and zero; ``own`` where it lacks one, or has other values."""
+    """The positive and the negative level in a tensor of such and zeros; ``own`` where it lacks one of the three values, or has
+    others."""
     entries, both = local(tensor), _extremes(tensor)
-    high, low = both[0].clamp(min=0), both[1].clamp(max=0)
-    others = (entries != 0) & (entries != high) & (entries != low)
-    if over_all(tensor, others.any().float(), "max"):
-        return own
-    return torch.where(torch.stack([high > 0, low < 0]), torch.stack([high, low]).to(own), own)
+    zeros = entries == 0
+    others = ~(zeros | (entries == both[0]) | (entries == both[1]))
+    has_others, has_zeros = (over_all(tensor, some.any().float(), "max") for some in (others, zeros))
+    return both.to(own) if has_zeros and not has_others and both[0] > 0 > both[1] else own
 
 
 def _is_zero(rate: float | Tensor) -> bool:

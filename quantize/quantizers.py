@@ -30,6 +30,7 @@ class Quantizer:
         spares_ends: whether the network's first and last layer stay in full precision.
         fits: whether ``fit`` looks at the weights.
         gathers: whether it needs all of a group in one place; the others need sums and maxima.
+        settled: whether weights that it has quantized are quantized to themselves again.
         given: what ``fit`` must be given beside the weights: "levels", a generator for a "draw", or nothing.
     """
 
@@ -43,6 +44,7 @@ class Quantizer:
     spares_ends: ClassVar[bool] = False
     fits: ClassVar[bool] = True
     gathers: ClassVar[bool] = False
+    settled: ClassVar[bool] = False
     given: ClassVar[str] = ""
 
     @property
@@ -87,6 +89,7 @@ class Binary(Quantizer):
     clips = True
     at_ends = True
     fits = False
+    settled = True
 
     def fit(self, x: Groups, given: Any = None) -> Fitted:
         return ()
@@ -115,6 +118,7 @@ class Ternary(Quantizer):
     name = "ternary"
     clips = True
     spares_ends = True
+    settled = True
     values = 3
 
     def fit(self, x: Groups, given: Any = None) -> Fitted:

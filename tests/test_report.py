@@ -771,6 +771,10 @@ def test_one_warm_start_is_claimed_only_of_equal_weights(tmp_path):
     same = [make("same", 0, "ab" * 32), make("same", 1, "ab" * 32)]
     assert words(*same)[0] == [1]
     assert "have one checksum. The spread" in words(*same)[1]
+    assert "network, the epoch of it that was best on the validation data: " in words(*same)[1]
+    last = make_run(tmp_path / "last_run_0", "prox", 0, 20.0, resume=str(start / "checkpoint.pth.tar"))
+    (start / "checkpoint.pth.tar").write_bytes(b"")
+    assert "from the same full-precision network, as far as" in words(last)[1]
     other = make("same", 2, "cd" * 32, finished=False)
     assert words(*same, other)[0] == [2]
     old = [make("old", 0), make("old", 1)]

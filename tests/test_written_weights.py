@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import quantize
 from quantize.modes import PROXQUANT, ProjectionMode
-from quantize.pulls import Soft
+from quantize.pulls import Hard, Soft
 from quantize.quantizers import Binary
 
 FIXED = [name for name in LAZY if quantize.MODES[name].shown.at_ends]  # each weight is quantized by itself
@@ -31,8 +31,9 @@ def test_the_best_weights_restored_after_a_continuation_are_what_is_frozen(mode_
     other.load_state_dict(best)
     differing = [name for name in optimizer.latent if not torch.equal(best[name], saved[0][name])]
     assert differing
-    mode, levels = quantize.MODES[mode_name], continued.levels
-    expected = {name: mode.hard_quantize(best[name], levels.get(name)) for name in differing}
+    mode = quantize.MODES[mode_name]
+    shows_quantized = isinstance(mode.pull, Hard) and mode.drawn is None
+    expected = {name: best[name] if shows_quantized else mode.hard_quantize(best[name]) for name in differing}
     for name, value in continued.quantized().items():
         if name in differing:
             assert torch.equal(value, expected[name])
@@ -135,7 +136,7 @@ def test_quantized_weights_bring_their_learned_levels(follow):
         torch.testing.assert_close(found, levels[name].to(found.dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("written", ["full precision", "pruned", "one side"])
+@pytest.mark.parametrize("written", ["full precision", "pruned", "one value"])
 def test_other_weights_leave_the_learned_levels_alone(written):
     model, optimizer = started("ttq")
     name, before = next(iter(optimizer.levels.items()))
@@ -146,11 +147,55 @@ def test_other_weights_leave_the_learned_levels_alone(written):
         elif written == "pruned":
             parameter[0] = 0
         else:
-            parameter.copy_(parameter.clamp(min=0) * 2)
-    expected = torch.stack([2 * before[0], before[1]]) if written == "one side" else before
-    assert torch.equal(optimizer.levels[name], expected)
+            parameter.fill_(0.25)
+    assert torch.equal(optimizer.levels[name], before)
     optimizer.set_strength(0.0)
-    assert torch.equal(optimizer.levels[name], expected)
+    assert torch.equal(optimizer.levels[name], before)
+
+
+def test_a_network_with_learned_levels_that_is_wrapped_again_keeps_them():
+    model, optimizer = started("ttq")
+    levels = {name: level.clone() for name, level in optimizer.levels.items()}
+    optimizer.freeze()
+    shown = weights(model)
+    other = network()
+    other.load_state_dict(shown)
+    again = quantize.ProjectedOptimizer(
+        torch.optim.Adam(other.parameters()), quantize.mode("ttq").select(other), quantize.mode("ttq")
+    )
+    torch.testing.assert_close(again.levels, levels, rtol=0, atol=0)
+    again.freeze()
+    torch.testing.assert_close(weights(other), shown, rtol=0, atol=0)
+
+
+K_BITS = [
+    ("lazy_alt", None, 3, True), ("lazy_alt", None, 4, False), ("prox_alt", None, 3, True), ("parq", None, 3, True),
+    ("lazy_alt", "greedy_mean", 2, False), ("lazy_alt", "uniform", 4, False), ("prox_median", None, 2, False),
+    ("binary_relax", "uniform_with_zero", 3, True), ("prox_alt", "greedy_median", 3, False), ("ttq", None, None, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["freeze", "quantized", "into a new one"])
+@pytest.mark.parametrize("mode", [quantize.mode(*one) for one in K_BITS], ids=lambda mode: f"{mode.name}-{mode.quantizer.in_words}")
+def test_quantized_weights_that_are_loaded_again_are_not_quantized_a_second_time(mode, how):
+    """Levels that are taken from levels are others, with 3 bits and more."""
+    model, optimizer = trained(mode, torch.float64)
+    with optimizer.hard_quantized():
+        best = weights(model)
+    for step in range(2, 6):
+        a_step(model, optimizer, step)
+    if how == "into a new one":
+        model, optimizer = trained(mode, torch.float64, count=0)
+    model.load_state_dict(best)
+    if how == "quantized":
+        with optimizer.hard_quantized():
+            shown = weights(model)
+        torch.testing.assert_close(optimizer.quantized(), {name: best[name] for name in optimizer.latent}, rtol=0, atol=0)
+    else:
+        optimizer.freeze()
+        shown = weights(model)
+    for name in optimizer.latent:
+        assert torch.equal(shown[name], best[name]), name
 
 
 def test_learned_levels_follow_the_gradient_in_any_layout():

@@ -267,6 +267,12 @@ def _place(run: Run, text: Any) -> str | None:
     return str(path.resolve()) if path else text
 
 
+def begins_with_best(run: Run) -> bool:
+    """Whether a run began with the best network of another: where its folder, or that file in it, was given."""
+    path = Path(_place(run, run.arguments.get("resume")) or "")
+    return path.name == checkpoints.BEST or not (os.path.isfile(path) or path.name.endswith(".pth.tar"))
+
+
 def _warm_start(run: Run, found: list[Run]) -> tuple[str, float | None] | None:
     """Name and error of the network that a run began with."""
     place = _place(run, run.arguments.get("resume"))
@@ -277,7 +283,7 @@ def _warm_start(run: Run, found: list[Run]) -> tuple[str, float | None] | None:
     start = next((other for other in found if other.folder.resolve() == folder), None) or runs.read(folder)
     if start.problem or section_key(identity(start)) != section_key(identity(run)):
         return runs.short_path(place), None  # of an unfinished run, or on other images: no figure that the run can be held against
-    if folder == path or path.name == checkpoints.BEST:
+    if begins_with_best(run):
         score = run.warm_start.get("score")  # as it was then: the best network is another one where that run has gone on
         return start.name, start.best if score is None else run.measure.of_score(score)
     kept = re.fullmatch(r"checkpoint(?:_epoch_(\d+))?\.pth\.tar", path.name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from reporting import tables
 from reporting.families import families
-from reporting.groups import Group, LeftOut, checksum, method_of
+from reporting.groups import Group, LeftOut, begins_with_best, checksum, method_of
 from reporting.measures import ERROR, PERPLEXITY
 from reporting.runs import Run, short_path
 from reporting.statistics import ENOUGH
@@ -25,10 +25,10 @@ _HELD_OUT = (
     "was chosen by these runs was chosen for the methods among them alone: the others have not been tuned."
 )
 _WARM_START = (
-    "All seeds of a group start from the same full-precision network, the epoch of it that was best on the validation "
-    "data{how}. The spread over seeds does not contain the chance in "
-    "that network."
+    "All seeds of a group start from the same full-precision network{which}{how}. The spread over seeds does not contain the "
+    "chance in that network."
 )
+_BEST_EPOCH = ", the epoch of it that was best on the validation data"
 _CHECKED = ": the weights that they began with have one checksum"
 _NOT_CHECKED = ", as far as can be known: they name one place, and their version of the program wrote no checksum"
 _NOT_CHECKED_ALL = (
@@ -174,13 +174,18 @@ def caveats(sections: Sequence[Section]) -> str:
     holds = {
         _TEST_SET: any(not group.identity["holdout"] for group in of_images),
         _HELD_OUT: any(group.identity["holdout"] for group in of_images),
-        _WARM_START.format(how=_how_sure_of_the_start(groups)): any(group.warm_start for group in groups),
+        _WARM_START.format(which=_which_epoch(groups), how=_how_sure_of_the_start(groups)): any(g.warm_start for g in groups),
         _ASYMMETRY: quantized,
         _BATCH_NORM: quantized,
         _PAPER: any(section.in_paper for section in sections),
         _INTERVALS: True,
     }
     return "## Before you believe it\n\n" + "\n".join(f"- {words}" for words, holding in holds.items() if holding)
+
+
+def _which_epoch(groups: Sequence[Group]) -> str:
+    started = [run for group in groups if group.warm_start for run in group.runs]
+    return _BEST_EPOCH if all(begins_with_best(run) for run in started) else ""
 
 
 def _how_sure_of_the_start(groups: Sequence[Group]) -> str:
