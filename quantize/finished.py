@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.quantizers import Quantizer
-from quantize.shards import local, over_all
+from quantize.shards import has_whole_rows, is_sharded, local, over_all
 
 
 class NotFinite(ValueError):
@@ -48,25 +48,33 @@ def check_quantized(names: Iterable[str], weights: Sequence[Tensor], quantizer: 
 _CAUSE = "weights that are not quantized were loaded into the frozen model"
 
 
-def was_quantized(weight: Tensor, quantizer: Quantizer) -> bool:
-    """Whether a tensor (each of its rows, where each has levels of its own) looks as if it had been quantized before: it holds no
-    more different values on either side of zero than the quantizer gives, and more weights than that."""
-    here, most = local(weight.detach()), max(1, quantizer.values // 2)
-    rows = here.reshape(len(here), -1) if quantizer.by_row and here.dim() and here.numel() else here.reshape(1, -1)
-    sample = rows[:1, :: max(1, rows.shape[1] // _SAMPLE)]  # tells of nearly all weights in training that they are not
-    unlike = weight.numel() <= (2 * most + 1) * (len(weight) if quantizer.by_row and weight.dim() else 1)
-    unlike = unlike or any(bool((_values_a_side(x) > most).any()) for x in (sample, rows) if x.numel())
-    return not over_all(weight, torch.tensor(float(unlike), device=here.device), "max")
+def levels_alone(weight: Tensor, quantizer: Quantizer) -> Tensor:
+    """Whether a tensor, or each of its rows where each has levels of its own, holds no more different values than the quantizer
+    gives, on either side of zero too, and more weights than that: so it was quantized before.
+
+    Returns:
+        a boolean, or one a row, in a shape that broadcasts against this process's part of the tensor.
+    """
+    here, by_row = local(weight.detach()), quantizer.by_row and weight.dim() > 0
+    count = len(here) if by_row else 1
+    rows = here.reshape(count, here.numel() // max(1, count))
+    most = max(1, quantizer.values // 2)  # on a side
+    if weight.numel() <= (2 * most + 1) * (len(weight) if by_row else 1):
+        return torch.zeros((), dtype=torch.bool, device=here.device)
+    more = _holds_more(rows[:, : 2 * most + 2], most, quantizer.values)  # as nearly all weights in training do
+    if not more.all():
+        more[~more] = _holds_more(rows[~more], most, quantizer.values)
+    if is_sharded(weight) and not (by_row and has_whole_rows(weight)):
+        more = over_all(weight, more.float(), "max").bool()
+    return ~more.view(count, *[1] * (here.dim() - 1)) if by_row else ~more.view(())
 
 
-_SAMPLE = 1024
-
-
-def _values_a_side(rows: Tensor) -> Tensor:
-    """How many different positive and negative values the rows of a matrix hold, ``(2, rows)``."""
+def _holds_more(rows: Tensor, most: int, values: int) -> Tensor:
+    """Which rows hold more than so many different values, or more than ``most`` on a side of zero."""
     rows = rows.sort(dim=1).values
-    new = torch.nn.functional.pad(rows.diff(dim=1).ne(0), (1, 0), value=True)
-    return torch.stack([(new & (rows > 0)).sum(1), (new & (rows < 0)).sum(1)])
+    new = torch.nn.functional.pad(rows.diff(dim=1).ne(0), (1, 0), value=True) if rows.shape[1] else rows.bool()
+    positive, negative = ((new & side).sum(1) for side in (rows > 0, rows < 0))
+    return (positive > most) | (negative > most) | (new.sum(1) > values)
 
 
 def _values_in(w: Tensor, by_row: bool) -> Tensor:

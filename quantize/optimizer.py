@@ -286,9 +286,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if self.frozen:
             return
         self._check_finite()
-        self._take_over()
         for projection in self._projections:
-            projection.hard_quantize(projection.parameters)
+            projection.quantize_for_good()
         self._end_projection(quantized=True)
 
     # Saving, loading and copying.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantize.blocks import Block, blocks_of
 from quantize.checks import warn_of_half_precision
-from quantize.finished import check_finite, check_quantized, was_quantized
+from quantize.finished import check_finite, check_quantized, levels_alone
 from quantize.groups import Groups
 from quantize.modes import ProjectionMode
 from quantize.selectors import FROZEN_BY
@@ -245,14 +245,22 @@ class Projection:
         Raises:
             NotFinite: if a weight, or a learned level, is not a finite number; nothing is written then.
         """
+        self._hard_quantize(self.snapshot(), places)
+
+    def quantize_for_good(self) -> None:
+        """Puts them into the model, whose they are from now on. Raises as ``hard_quantize``."""
         now = self.snapshot()
+        self._hard_quantize(now, self.parameters)
+        self.levels = now.levels
+
+    def _hard_quantize(self, now: Snapshot, places: Sequence[Tensor]) -> None:
         self._check_finite(now)
         quantizer = self.mode.quantizer
-        before = {
-            index: weight.clone()
-            for index, weight in enumerate(now.latent)
-            if not quantizer.settled and was_quantized(weight, quantizer)
-        }
+        before = {}
+        for index, weight in enumerate(now.latent) if not quantizer.settled else ():
+            quantized = levels_alone(weight, quantizer)
+            if quantized.any():
+                before[index] = quantized, local(weight).clone()
         copy(now.latent, places)
         for number, block in enumerate(self._blocks):
             x = block.read(places)
@@ -260,7 +268,9 @@ class Projection:
             for piece in x.pieces:
                 piece.copy_(quantizer.assign(piece, fitted))
             block.write(x, places)
-        copy(list(before.values()), [places[index] for index in before])
+        for index, (quantized, weights) in before.items():
+            here = local(places[index])
+            here.copy_(torch.where(quantized, weights, here))
 
     def check_finite(self) -> None:
         """Raises NotFinite if a weight in training, or a learned level, is not a finite number."""
@@ -324,6 +334,12 @@ class Projection:
         self.hold(now)
         for index, weights in self._shown_apart.items():
             kept[index] |= parameters[index] == weights
+        for one, parameter, own in zip(kept, parameters, shown[0], strict=True) if not self.mode.quantizer.at_ends else ():
+            # Where a mode shows weights on their way, some are at their levels by now: a quantized tensor is not left alone there.
+            quantized = levels_alone(parameter, self.mode.quantizer) & ~levels_alone(own, self.mode.quantizer)
+            others = ~local(one)
+            others = others.flatten(1).any(1).view(quantized.shape) if quantized.dim() else others.any()
+            local(one).logical_and_(~(quantized & others))
         everywhere = any(map(is_sharded, parameters))  # all processes take sums of all then
         found = {index: self._with_written(index, kept[index]) for index in (range(len(parameters)) if everywhere else suspects)}
         return {index: weights for index, weights in found.items() if index in suspects and not local(kept[index]).all()}
@@ -492,13 +508,12 @@ def _extremes(tensor: Tensor) -> Tensor:
 
 
 def _levels_in(tensor: Tensor, own: Tensor) -> Tensor:
-    """The positive and the negative level in a tensor of such and zeros; ``own`` where it lacks one of the three values, or has
-    others."""
+    """The positive and the negative level in a tensor of more entries than these and zero; ``own`` where it lacks one, or holds
+    other values."""
     entries, both = local(tensor), _extremes(tensor)
-    zeros = entries == 0
-    others = ~(zeros | (entries == both[0]) | (entries == both[1]))
-    has_others, has_zeros = (over_all(tensor, some.any().float(), "max") for some in (others, zeros))
-    return both.to(own) if has_zeros and not has_others and both[0] > 0 > both[1] else own
+    others = ~((entries == 0) | (entries == both[0]) | (entries == both[1]))
+    has_others = over_all(tensor, others.any().float(), "max")
+    return both.to(own) if tensor.numel() > 3 and not has_others and both[0] > 0 > both[1] else own
 
 
 def _is_zero(rate: float | Tensor) -> bool:

@@ -168,11 +168,110 @@ def test_a_network_with_learned_levels_that_is_wrapped_again_keeps_them():
     torch.testing.assert_close(weights(other), shown, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0.5, -0.25, 0.0, 0.5], [0.5, -0.25]),
+        ([0.5, -0.25, -0.25, 0.5], [0.5, -0.25]),
+        ([0.5, -0.25, 0.0], [1.0, -1.0]),  # three weights may be any
+        ([0.5, -0.25, 0.25, 0.5], [1.0, -1.0]),
+        ([0.5, 0.5, 0.0, 0.5], [1.0, -1.0]),
+    ],
+)
+def test_levels_are_learned_from_those_that_a_tensor_has(values, expected):
+    weight = nn.Parameter(torch.tensor(values))
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD([weight], lr=0.1), [("w", weight)], quantize.mode("ttq"))
+    assert optimizer.levels["w"].tolist() == expected
+
+
+@pytest.mark.parametrize("write", ["an entry", "a mask", "a row", "all"])
+@pytest.mark.parametrize("mode_name", LAZY)
+def test_what_is_written_is_frozen_as_it_was_shown_quantized(mode_name, write):
+    model, optimizer = started(mode_name)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name in optimizer.latent:
+            parameter = model.get_parameter(name)
+            if write == "an entry":
+                parameter.view(-1)[3] = 0.2
+            elif write == "a mask":
+                parameter.mul_(torch.rand(parameter.shape, generator=random) > 0.3)
+            elif write == "a row":
+                parameter[0] *= 0.7
+            else:
+                parameter.mul_(0.9)
+    expected = optimizer.quantized()
+    with optimizer.hard_quantized():
+        assert all(torch.equal(model.get_parameter(name), value) for name, value in expected.items())
+    optimizer.freeze()
+    for name, value in expected.items():
+        assert torch.equal(model.get_parameter(name).detach(), value), name
+    a_step(model, optimizer, 0)
+
+
 K_BITS = [
     ("lazy_alt", None, 3, True), ("lazy_alt", None, 4, False), ("prox_alt", None, 3, True), ("parq", None, 3, True),
     ("lazy_alt", "greedy_mean", 2, False), ("lazy_alt", "uniform", 4, False), ("prox_median", None, 2, False),
     ("binary_relax", "uniform_with_zero", 3, True), ("prox_alt", "greedy_median", 3, False), ("ttq", None, None, None),
 ]  # fmt: skip
+
+
+ON_THE_WAY = [("parq", "ternary"), ("parq", "alternating", 2), ("binary_relax", "ternary"), ("prox_connect", "ternary")]
+
+
+@pytest.mark.parametrize(
+    "mode", [quantize.mode(*one) for one in ON_THE_WAY], ids=lambda mode: f"{mode.name}-{mode.quantizer.in_words}"
+)
+def test_a_quantized_network_is_taken_whole_where_weights_are_on_their_way(mode):
+    """Some of what is shown has arrived at its levels, so that it agrees with the same epoch's quantized network."""
+    model, optimizer = trained(mode, torch.float64)
+    with optimizer.hard_quantized():
+        best = weights(model)
+    model.load_state_dict(best)
+    for name, value in optimizer.quantized().items():
+        torch.testing.assert_close(value, best[name], rtol=1e-12, atol=0)
+    optimizer.freeze()
+    for name in optimizer.latent:
+        torch.testing.assert_close(model.get_parameter(name).detach(), best[name], rtol=1e-12, atol=0)
+
+
+def test_a_row_that_has_not_moved_does_not_have_the_others_quantized_again():
+    """As of a word that no text holds."""
+    mode = quantize.mode("lazy_alt", bits=3, by_row=True)
+    weight = nn.Parameter(torch.randn(50, 32, generator=torch.Generator().manual_seed(0)))
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD([weight], lr=0.5), [("w", weight)], mode)
+    best = weight.detach().clone()
+    weight.grad = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
+    weight.grad[45:] = 0
+    optimizer.step()
+    assert torch.equal(weight[45:], best[45:])
+    assert not torch.equal(weight[:45], best[:45])
+    with torch.no_grad():
+        weight.copy_(best)
+    optimizer.freeze()
+    assert torch.equal(weight.detach(), best)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [quantize.mode("prox_median"), quantize.mode("lazy_alt"), quantize.mode("prox_alt", bits=3, by_row=True)],
+    ids=lambda mode: f"{mode.name}-{mode.quantizer.in_words}",
+)
+def test_zeros_beside_the_levels_are_quantized_at_the_freeze(mode):
+    """A pruned network of k bits: its zeros are one value too many, and would be refused when it is continued."""
+    model, optimizer = trained(mode)
+    optimizer.freeze()
+    pruned = {
+        name: w * (torch.rand(w.shape, generator=torch.Generator().manual_seed(0)) > 0.3) for name, w in weights(model).items()
+    }
+    model, optimizer = trained(mode)
+    model.load_state_dict(pruned)
+    optimizer.freeze()
+    saved = model.state_dict(), optimizer.state_dict()
+    model, optimizer = trained(mode, count=0)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    a_step(model, optimizer, 0)
 
 
 @pytest.mark.parametrize("how", ["freeze", "quantized", "into a new one"])
