@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.quantizers import Quantizer
-from quantize.shards import has_whole_rows, is_sharded, local, over_all
+from quantize.shards import local, over_all, over_group
 
 
 class NotFinite(ValueError):
@@ -64,8 +64,7 @@ def levels_alone(weight: Tensor, quantizer: Quantizer) -> Tensor:
     more = _holds_more(rows[:, : 2 * most + 2], most, quantizer.values)  # as nearly all weights in training do
     if not more.all():
         more[~more] = _holds_more(rows[~more], most, quantizer.values)
-    if is_sharded(weight) and not (by_row and has_whole_rows(weight)):
-        more = over_all(weight, more.float(), "max").bool()
+    more = over_group(weight, by_row, more.float(), "max").bool()
     return ~more.view(count, *[1] * (here.dim() - 1)) if by_row else ~more.view(())
 
 

@@ -14,7 +14,7 @@ from quantize.finished import check_finite, check_quantized, levels_alone
 from quantize.groups import Groups
 from quantize.modes import ProjectionMode
 from quantize.selectors import FROZEN_BY
-from quantize.shards import copy, is_sharded, local, over_all, part
+from quantize.shards import copy, is_sharded, local, over_all, over_group, part
 from quantize.written import Loaded, among, moved, total_of_sample
 
 Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the parameter
@@ -334,15 +334,23 @@ class Projection:
         self.hold(now)
         for index, weights in self._shown_apart.items():
             kept[index] |= parameters[index] == weights
-        for one, parameter, own in zip(kept, parameters, shown[0], strict=True) if not self.mode.quantizer.at_ends else ():
-            # Where a mode shows weights on their way, some are at their levels by now: a quantized tensor is not left alone there.
-            quantized = levels_alone(parameter, self.mode.quantizer) & ~levels_alone(own, self.mode.quantizer)
-            others = ~local(one)
-            others = others.flatten(1).any(1).view(quantized.shape) if quantized.dim() else others.any()
-            local(one).logical_and_(~(quantized & others))
+        for index, parameter in enumerate(parameters) if not self.mode.quantizer.at_ends else ():
+            local(kept[index]).logical_and_(~self._quantized_by_others(parameter, kept[index], shown[0][index]))
         everywhere = any(map(is_sharded, parameters))  # all processes take sums of all then
         found = {index: self._with_written(index, kept[index]) for index in (range(len(parameters)) if everywhere else suspects)}
         return {index: weights for index, weights in found.items() if index in suspects and not local(kept[index]).all()}
+
+    def _quantized_by_others(self, parameter: Tensor, kept: Tensor, shown: Tensor) -> Tensor:
+        """Whether a tensor, or each row, of which something was written holds levels alone: then it is of another network, of whose
+        levels some may be the same, and all of it was written. But for zeros, which are a mask's; and after a loaded state for few
+        entries at other levels, which rounding may have put there."""
+        quantized = levels_alone(parameter, self.mode.quantizer)
+        others = ~local(kept) & (local(parameter) != 0)
+        count = others.flatten(1).sum(1) if quantized.dim() else others.sum()
+        count = over_group(parameter, quantized.dim() > 0, count.float(), "sum")
+        length = parameter.numel() // max(1, len(parameter) if quantized.dim() else 1)
+        by_rounding = levels_alone(shown, self.mode.quantizer) * (length / 16 if self._loaded else 0)
+        return quantized & (count.view(quantized.shape) > by_rounding)
 
     def _with_written(self, index: int, kept: Tensor) -> Tensor:
         """A parameter's latent weights, but where it does not show (``kept``) what they make: there what was written."""

@@ -45,6 +45,11 @@ def over_all(tensor: Tensor, value: Tensor, how: str) -> Tensor:
     return over_shards(tensor)(value, how) if is_sharded(tensor) else value
 
 
+def over_group(tensor: Tensor, by_row: bool, values: Tensor, how: str) -> Tensor:
+    """The sum or maximum of one value for the whole tensor, or of one for each row here, over all who hold parts of the same."""
+    return values if not is_sharded(tensor) or (by_row and has_whole_rows(tensor)) else over_shards(tensor)(values, how)
+
+
 def over_shards(tensor: Tensor) -> Reduce:
     """Combines a value over all who hold a part of a sharded tensor."""
     groups = [tensor.device_mesh.get_group(dimension) for dimension in _cut(tensor)]

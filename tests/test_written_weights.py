@@ -216,6 +216,28 @@ K_BITS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("loaded_a_state", [False, True])
+@pytest.mark.parametrize(
+    "given", [("ttq",), ("lazy_alt", None, 2, False), ("lazy_alt", None, 2, True), ("lazy_alt", None, 3, True)]
+)
+def test_another_network_of_which_one_level_is_the_same_is_taken_whole(given, loaded_a_state):
+    """As at a small rate, where a level of float32 may not have moved since the best epoch."""
+    mode, random = quantize.mode(*given), torch.Generator().manual_seed(0)
+    weight = nn.Parameter(0.03 * torch.randn(12, 40, generator=random))
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD([weight], lr=0.1), [("w", weight)], mode)
+    if loaded_a_state:
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    best = weight.detach().clone()
+    best[torch.rand(best.shape, generator=random) > 0.97] *= -1
+    moved = best < 0 if mode.name == "ttq" else best.abs() == best.abs().amax(1, keepdim=True)
+    best = torch.where(moved, 1.25 * best, best)
+    with torch.no_grad():
+        weight.copy_(best)
+    assert torch.equal(optimizer.quantized()["w"], best)
+    optimizer.freeze()
+    assert torch.equal(weight.detach(), best)
+
+
 ON_THE_WAY = [("parq", "ternary"), ("parq", "alternating", 2), ("binary_relax", "ternary"), ("prox_connect", "ternary")]
 
 
