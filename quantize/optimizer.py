@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from quantize import saving
 from quantize.checks import Pairs, check, groups_of, refuse_line_search, strength_of
 from quantize.modes import ProjectionMode
-from quantize.projection import Projection, Snapshot
+from quantize.projection import Projection
+from quantize.written import Snapshot
 
 
 class ProjectedOptimizer(torch.optim.Optimizer):

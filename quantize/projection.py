@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +14,10 @@ from quantize.finished import check_finite, check_quantized, levels_alone
 from quantize.groups import Groups
 from quantize.modes import ProjectionMode
 from quantize.selectors import FROZEN_BY
-from quantize.shards import copy, is_sharded, local, over_all, over_group, part
-from quantize.written import Loaded, among, moved, total_of_sample
+from quantize.shards import copy, is_sharded, local, over_all, part
+from quantize.written import Loaded, Snapshot, among, extremes, levels_in, moved, of_another, total_of_sample
 
 Rates = Mapping[int, float | Tensor]  # learning rates by the identity of the parameter
-
-
-class Snapshot(NamedTuple):
-    """One mode's parameters at a moment: what the model shows, the weights in training, learned levels, and the numbers of the
-    parameters that others have written, which are in training as they were written."""
-
-    shown: list[Tensor]
-    latent: list[Tensor]
-    levels: list[Tensor]
-    written: set[int]
-
-    def kept(self) -> "Snapshot":
-        """The same for when the model's own weights change."""
-        shown = [weight.clone() for weight in self.shown]
-        if self.latent is self.shown:
-            return self._replace(shown=shown, latent=shown)
-        return self._replace(shown=shown, latent=[w.clone() if i in self.written else w for i, w in enumerate(self.latent)])
 
 
 class Projection:
@@ -57,7 +40,7 @@ class Projection:
         if mode.quantizer.given == "levels":
             for p in self.parameters:
                 start = torch.tensor(mode.quantizer.start, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-                self.levels.append(_levels_in(p.detach(), start))
+                self.levels.append(levels_in(p.detach(), start))
         self.strength = 0.0
         self.draws = 0
         self._capturable, self._seed = capturable, seed
@@ -335,22 +318,10 @@ class Projection:
         for index, weights in self._shown_apart.items():
             kept[index] |= parameters[index] == weights
         for index, parameter in enumerate(parameters) if not self.mode.quantizer.at_ends else ():
-            local(kept[index]).logical_and_(~self._quantized_by_others(parameter, kept[index], shown[0][index]))
+            local(kept[index]).logical_and_(~of_another(parameter, kept[index], shown[0][index], self.mode.quantizer, loaded))
         everywhere = any(map(is_sharded, parameters))  # all processes take sums of all then
         found = {index: self._with_written(index, kept[index]) for index in (range(len(parameters)) if everywhere else suspects)}
         return {index: weights for index, weights in found.items() if index in suspects and not local(kept[index]).all()}
-
-    def _quantized_by_others(self, parameter: Tensor, kept: Tensor, shown: Tensor) -> Tensor:
-        """Whether a tensor, or each row, of which something was written holds levels alone: then it is of another network, of whose
-        levels some may be the same, and all of it was written. But for zeros, which are a mask's; and after a loaded state for few
-        entries at other levels, which rounding may have put there."""
-        quantized = levels_alone(parameter, self.mode.quantizer)
-        others = ~local(kept) & (local(parameter) != 0)
-        count = others.flatten(1).sum(1) if quantized.dim() else others.sum()
-        count = over_group(parameter, quantized.dim() > 0, count.float(), "sum")
-        length = parameter.numel() // max(1, len(parameter) if quantized.dim() else 1)
-        by_rounding = levels_alone(shown, self.mode.quantizer) * (length / 16 if self._loaded else 0)
-        return quantized & (count.view(quantized.shape) > by_rounding)
 
     def _with_written(self, index: int, kept: Tensor) -> Tensor:
         """A parameter's latent weights, but where it does not show (``kept``) what they make: there what was written."""
@@ -364,7 +335,7 @@ class Projection:
         for index, own in enumerate(self.levels):
             parameter = self.parameters[index].detach()
             somewhere = over_all(parameter, torch.tensor(float(index in written), device=own.device), "max")
-            found.append(_levels_in(parameter, own) if somewhere else own)
+            found.append(levels_in(parameter, own) if somewhere else own)
         return found
 
     def _anywhere(self, suspicion: bool) -> bool:
@@ -434,7 +405,7 @@ class Projection:
                 if over_all(mask, (~local(mask)).any().float(), "max"):
                     self.latent[index].copy_(self._with_written(index, mask))
                     if self.levels:
-                        self.levels[index] = _levels_in(self.parameters[index].detach(), self.levels[index])
+                        self.levels[index] = levels_in(self.parameters[index].detach(), self.levels[index])
         self.levels = [
             level.to(device=p.device, dtype=torch.promote_types(p.dtype, torch.float32))
             for p, level in zip(self.parameters, self.levels, strict=bool(self.levels))
@@ -473,7 +444,7 @@ class Projection:
     def frozen_levels(self) -> list[Tensor]:
         """Learned levels; the weights' own where a frozen state of before held none."""
         if self.mode.quantizer.given == "levels" and not self.levels:
-            return [_extremes(parameter.detach()) for parameter in self.parameters]
+            return [extremes(parameter.detach()) for parameter in self.parameters]
         return self.levels
 
     def shown_apart(self, written: set[int]) -> set[int]:
@@ -506,22 +477,6 @@ class Projection:
         """Puts what a loaded state says is shown into the model: it is not always what the latent weights make."""
         copy(list(self._shown_apart.values()), [self.parameters[index] for index in self._shown_apart])
         self._note_shown()
-
-
-def _extremes(tensor: Tensor) -> Tensor:
-    """The largest and the smallest entry, ``(2,)``."""
-    entries = local(tensor)
-    both = torch.stack([entries.max(), -entries.min()]) if entries.numel() else entries.new_full((2,), -math.inf)
-    return over_all(tensor, both, "max") * entries.new_tensor([1.0, -1.0])
-
-
-def _levels_in(tensor: Tensor, own: Tensor) -> Tensor:
-    """The positive and the negative level in a tensor of more entries than these and zero; ``own`` where it lacks one, or holds
-    other values."""
-    entries, both = local(tensor), _extremes(tensor)
-    others = ~((entries == 0) | (entries == both[0]) | (entries == both[1]))
-    has_others = over_all(tensor, others.any().float(), "max")
-    return both.to(own) if tensor.numel() > 3 and not has_others and both[0] > 0 > both[1] else own
 
 
 def _is_zero(rate: float | Tensor) -> bool:

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from quantize.checks import strength_of
 from quantize.finished import NotFinite
-from quantize.projection import Projection, Snapshot
+from quantize.projection import Projection
 from quantize.shards import local, over_all
+from quantize.written import Snapshot
 
 _LATENT, _LEVELS = "latent", "levels"
 _MODES, _STRENGTHS, _DRAWS, _FROZEN = "projection_modes", "projection_strengths", "projection_draws", "projection_frozen"

@@ -8,8 +8,27 @@ import torch
 from torch import Tensor
 
 from quantize.blocks import in_memory_order
+from quantize.finished import levels_alone
 from quantize.groups import is_dense
-from quantize.shards import local, over_all
+from quantize.quantizers import Quantizer
+from quantize.shards import local, over_all, over_group
+
+
+class Snapshot(NamedTuple):
+    """One mode's parameters at a moment: what the model shows, the weights in training, learned levels, and the numbers of the
+    parameters that others have written, which are in training as they were written."""
+
+    shown: list[Tensor]
+    latent: list[Tensor]
+    levels: list[Tensor]
+    written: set[int]
+
+    def kept(self) -> "Snapshot":
+        """The same for when the model's own weights change."""
+        shown = [weight.clone() for weight in self.shown]
+        if self.latent is self.shown:
+            return self._replace(shown=shown, latent=shown)
+        return self._replace(shown=shown, latent=[w.clone() if i in self.written else w for i, w in enumerate(self.latent)])
 
 
 class Loaded(NamedTuple):
@@ -49,6 +68,35 @@ def among(given: Tensor, shown: Sequence[Tensor], loaded: Loaded | None) -> Tens
     return (given >= least - of_each * least.abs() - of_largest * largest) & (
         given <= most + of_each * most.abs() + of_largest * largest
     )
+
+
+def of_another(given: Tensor, kept: Tensor, shown: Tensor, quantizer: Quantizer, loaded: Loaded | None) -> Tensor:
+    """Whether a tensor, or each row, that is not ``kept`` as it was shown holds levels alone: then it is of another quantized
+    network, of whose levels some may be the same, and all of it was written. But where the rest is zeros, which are a mask's; and
+    after a loaded state where it is few entries at other levels, which rounding may have put there."""
+    quantized = levels_alone(given, quantizer)
+    others = ~local(kept) & (local(given) != 0)
+    count = others.flatten(1).sum(1) if quantized.dim() else others.sum()
+    count = over_group(given, quantized.dim() > 0, count.float(), "sum")
+    length = given.numel() // max(1, len(given) if quantized.dim() else 1)
+    by_rounding = levels_alone(shown, quantizer) * (length / 16 if loaded else 0)
+    return quantized & (count.view(quantized.shape) > by_rounding)
+
+
+def levels_in(tensor: Tensor, own: Tensor) -> Tensor:
+    """The positive and the negative level in a tensor of more entries than these and zero; ``own`` where it lacks one, or holds
+    other values."""
+    entries, both = local(tensor), extremes(tensor)
+    others = ~((entries == 0) | (entries == both[0]) | (entries == both[1]))
+    has_others = over_all(tensor, others.any().float(), "max")
+    return both.to(own) if tensor.numel() > 3 and not has_others and both[0] > 0 > both[1] else own
+
+
+def extremes(tensor: Tensor) -> Tensor:
+    """The largest and the smallest entry, ``(2,)``."""
+    entries = local(tensor)
+    both = torch.stack([entries.max(), -entries.min()]) if entries.numel() else entries.new_full((2,), -math.inf)
+    return over_all(tensor, both, "max") * entries.new_tensor([1.0, -1.0])
 
 
 _SAMPLE = 1024
