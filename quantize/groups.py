@@ -208,6 +208,7 @@ class Layout:
         self.shape = (sum(lengths), self.ROW)
         self._lengths = torch.tensor(lengths, device=device)
         self._tensor_of_row = torch.repeat_interleave(torch.arange(len(tensors), device=device), self._lengths)
+        self._first_rows = self._lengths.cumsum(0) - self._lengths
         self.counts = self.column(torch.tensor(counts, dtype=torch.float64, device=device).clamp(min=1))
         self._places = []
         first = 0
@@ -241,7 +242,7 @@ class Layout:
 
     def first_of_each(self, column: Tensor) -> Tensor:
         """A column's value in the first row of each tensor."""
-        return column[[at // self.ROW for _, _, at, _, _ in self._places], 0]
+        return column[self._first_rows, 0]
 
     def over_tensors(self, of_rows: Tensor, how: str) -> Tensor:
         """One value a row, to their sum or maximum over each tensor's rows, as a column."""

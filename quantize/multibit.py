@@ -37,7 +37,7 @@ class _Greedy(Quantizer):
     def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
         return _greedy_sum(wide(w), fitted).to(w.dtype)
 
-    def levels(self, fitted: Fitted) -> list[Tensor]:
+    def levels(self, fitted: Fitted) -> list[Tensor | float]:
         return [*(-level for level in reversed(_magnitudes(fitted)[0])), *_magnitudes(fitted)[0]]
 
 
@@ -123,7 +123,7 @@ class Alternating(Quantizer):
             nearest = torch.maximum(reached, nearest, out=reached)
         return sign(wide(w)).mul_(nearest).to(w.dtype)
 
-    def levels(self, fitted: Fitted) -> list[Tensor]:
+    def levels(self, fitted: Fitted) -> list[Tensor | float]:
         magnitudes = _magnitudes(fitted)[0] if self.rounds == 1 else fitted
         return [*(-level for level in reversed(magnitudes)), *magnitudes]
 
@@ -171,7 +171,7 @@ class Uniform(Quantizer):
         """The levels as multiples of the step."""
         return [j - (2**self.bits - 1) / 2 for j in range(2**self.bits)]
 
-    def levels(self, fitted: Fitted) -> list[Tensor]:
+    def levels(self, fitted: Fitted) -> list[Tensor | float]:
         return [multiple * fitted[0] for multiple in self.multiples()]
 
 

@@ -51,7 +51,7 @@ def piecewise_affine(w: Tensor, levels: Sequence[Tensor | float] | Tensor, slope
         levels: in increasing order, each a number or a tensor that broadcasts against ``w``.
         slope: s in [0, 1]; with 1 a weight between the levels stays as it is, with 0 it becomes the nearest level.
     """
-    levels = [torch.as_tensor(level, dtype=w.dtype, device=w.device) for level in levels]
+    levels = [level.to(w) if isinstance(level, Tensor) else w.new_full((), level) for level in levels]
     moved = None
     for lower, upper in itertools.pairwise(levels):
         centre = (lower + upper) / 2

@@ -69,7 +69,7 @@ class Quantizer:
         """Adds so many times the level of each weight to it, in place."""
         w.add_(self.assign(w, fitted).mul_(factor))
 
-    def levels(self, fitted: Fitted) -> list[Tensor]:
+    def levels(self, fitted: Fitted) -> list[Tensor | float]:
         """The levels of each group in increasing order."""
         raise NotImplementedError
 
@@ -100,8 +100,8 @@ class Binary(Quantizer):
     def add_times_(self, w: Tensor, factor: float, fitted: Fitted) -> None:
         w.add_(at_least(w, 0.0).sub_(0.5), alpha=2 * factor)  # half the sign, twice as often: an operation fewer
 
-    def levels(self, fitted: Fitted) -> list[Tensor]:
-        return [torch.tensor(-1.0), torch.tensor(1.0)]
+    def levels(self, fitted: Fitted) -> list[Tensor | float]:
+        return [-1.0, 1.0]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Ternary(Quantizer):
             w.addcmul_(at_least(w, threshold), high_level * factor)
             w.addcmul_(at_most(w, -threshold), low_level * factor)
 
-    def levels(self, fitted: Fitted) -> list[Tensor]:
+    def levels(self, fitted: Fitted) -> list[Tensor | float]:
         _, high, low = fitted
         return [low, torch.zeros_like(low), high]
 
@@ -176,7 +176,7 @@ class LearnedTernary(Quantizer):
     def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
         return _ternary(w, *fitted)
 
-    def levels(self, fitted: Fitted) -> list[Tensor]:
+    def levels(self, fitted: Fitted) -> list[Tensor | float]:
         _, positive, negative = fitted
         return list(torch.stack([torch.zeros_like(positive), positive, negative]).sort(0).values)
 

@@ -26,6 +26,7 @@ RATE = 1 / 128  # one that float32 holds exactly
 MODES = [*(mode for mode in quantize.MODES.values() if mode.drawn is None), quantize.FULL_PRECISION]
 # Their results, or the sizes of their results, are values that Python waits for.
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount")
+COPIED = "lift_fresh"  # of values in Python: torch.tensor(0.5), and the indices in x[[0, 1]]
 
 
 class Tape(TorchDispatchMode):
@@ -45,6 +46,7 @@ class Tape(TorchDispatchMode):
         lengths = name == "repeat_interleave" and "output_size" not in kwargs
         waits = name in WAITING or bool(masks) or lengths
         assert not waits, f"a captured step cannot wait for the device: {function}"
+        assert name != COPIED, "a captured step cannot copy values of Python to the device"
         given = [tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)]
         for storage in given:  # all, not only what a schema calls written: BatchNorm's does not
             if storage.data_ptr() not in self._own | set(self._before):
