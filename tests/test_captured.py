@@ -212,6 +212,52 @@ def test_a_captured_run_trains_as_a_plain_one_and_continues(tiny_data, tmp_path,
     assert [row["strength"] for row in found["captured"]["history"]] == [0.0, 0.5, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("kept", [(), ("--keep_optimizer_state",)])
+@pytest.mark.parametrize("captured_first", [True, False])
+def test_a_run_is_continued_with_and_without_capturing(tiny_data, tmp_path, captured_first, kept):
+    plain = ["--dataset", "cifar10", "--data_dir", tiny_data, "--model_config", "{'depth': 8}", "--precision", "fp32"]
+    plain += ["--batch-size", 25, "--results_dir", tmp_path]
+    # One optimizer for all: what it keeps is what must fit the other kind of step.
+    regime = "{0: {'optimizer': 'Adam', 'lr': 0.0078125}, 2: {'lr': 0.00390625}}"
+    quantized = ("--projection_mode", "prox", "--reg_rate", "0.5", "--freeze_epoch", "3", "--regime", regime, *kept)
+    run_main(*plain, "--save", "whole", "--epochs", 4, *quantized)
+    for epochs, is_captured in ((1, captured_first), (4, not captured_first)):
+        arguments = ("--save", "both", "--epochs", str(epochs), *quantized)
+        if is_captured:
+            run_on_tape(tiny_data, tmp_path, *arguments)
+        else:
+            run_main(*plain, *arguments)
+    first, second = ("captured", "plain") if captured_first else ("plain", "captured")
+    assert f"warning: {first} steps before, {second} steps now" in (tmp_path / "both" / "log.txt").read_text()
+    found, expected = (checkpoints.read(tmp_path / name / "checkpoint.pth.tar") for name in ("both", "whole"))
+    assert found["optimizer"]["param_groups"][0]["capturable"] is not captured_first
+    losses, plain_losses = ([row["train_loss"] for row in content["history"]] for content in (found, expected))
+    assert losses == pytest.approx(plain_losses, rel=0.02)
+    assert [row["strength"] for row in found["history"]] == [0.0, 0.5, 1.0, 0.0]
+
+
+def test_the_optimizer_of_captured_steps_takes_plain_ones_inside_an_epoch():
+    settings = {"optimizer": "Adam", "lr": 0.01}
+    optimizers = []
+    for was_captured in (False, True):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 5))
+        base = regimes.build_optimizer([weight], settings)
+        weight.grad = torch.linspace(2, -1, 5)
+        base.step()
+        if was_captured:
+            regimes.make_capturable(base, CPU)
+            captured_state = base.state_dict()
+            base = regimes.build_optimizer([weight], settings)
+            base.load_state_dict(captured_state)
+            assert float(base.param_groups[0]["lr"]) != 0.01, "float32 does not hold it: what is tested here"
+            regimes.make_plain(base, settings)
+        base.step()
+        optimizers.append((weight.detach(), base.param_groups[0]["lr"], base.param_groups[0]["capturable"]))
+    (expected, *settings_before), (found, *settings_after) = optimizers
+    assert torch.equal(found, expected)
+    assert settings_before == settings_after == [0.01, False]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("compiled", ["on", "off"])

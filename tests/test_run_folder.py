@@ -83,7 +83,7 @@ class Peers(Processes):
 
 
 def test_all_processes_compute_alike():
-    asked = Namespace(precision="auto", compile="auto")
+    asked = Namespace(precision="auto", compile="auto", capture=False)
     native = computing.Precision("bf16", "cpu", "native")
     precision, computed, _ = computing.decide(native, True, asked, "a CPU", {}, Peers())
     assert (precision.name, computed["precision"], computed["compile"]) == ("fp32", "fp32", "off")

@@ -17,7 +17,8 @@ TensorBoard, and continues an unfinished run when the same command is given agai
 
 
 _NOT_TYPED = object()
-# What changes no number: where things lie, what is kept and shown, and who decodes. A run may be continued with others.
+# What changes no number, or rounding alone: where things lie, what is kept and shown, who decodes and who launches. A run may be
+# continued with others.
 CHANGES_NO_NUMBER = frozenset(
     {
         "results_dir",
@@ -30,6 +31,7 @@ CHANGES_NO_NUMBER = frozenset(
         "workers",
         "print_freq",
         "checkpoint_minutes",
+        "capture",
         "evaluate",
     }
 )
@@ -275,7 +277,9 @@ def build_parser(
     add("--compile", type=_word_from(("auto", "on", "off")), default="auto", metavar="NAME",
         help="compile the network for training (torch.compile): on, off, or auto: on a CPU with a C++ compiler if a run on "
         "images is long enough to gain; without CUDA graphs, which --capture is for (default: auto)")  # fmt: skip
-    add("--capture", action="store_true", help="record a training step as a CUDA graph and replay it: for small networks on a GPU")
+    add("--capture", action="store_true",
+        help="record a training step as a CUDA graph and replay it: for small networks on a GPU; a run may "
+        "go on without")  # fmt: skip
     add("--tf32", action="store_true", help="let CUDA round fp32 products to TF32: faster, not exact")
     add("--deterministic", action="store_true", help="bit-identical repetitions on CUDA too, at some cost; the CPU's always are")
     add("--sync_bn", action="store_true", help="several GPUs: BatchNorm statistics over the whole batch, not each GPU's share")

@@ -96,14 +96,14 @@ def decide(
 
     Args:
         precision, compiled: what ``select_precision`` and ``select_compile`` say of this machine.
-        args: ``precision`` and ``compile``, which may be ``auto``.
+        args: ``precision`` and ``compile``, which may be ``auto``, and ``capture``.
         place: the device in words.
         before: the values of this function in the checkpoint that is continued from, or none.
         processes: that train together.
 
     Returns:
-        The precision; ``precision``, ``compile`` (on or off), ``device`` (its type), ``place`` and ``processes``, which belong to
-        the checkpoint; and the warnings.
+        The precision; ``precision``, ``compile`` (on or off), ``steps`` (captured or plain), ``device`` (its type), ``place`` and
+        ``processes``, which belong to the checkpoint; and the warnings.
     """
     exact, eager = processes.largest(int(precision.name == "fp32"), int(not compiled))
     warnings = []
@@ -120,11 +120,12 @@ def decide(
     computed = {
         "precision": precision.name,
         "compile": "on" if compiled else "off",
+        "steps": "captured" if args.capture else "plain",
         "device": precision.device_type,
         "place": place,
         "processes": processes.share.count,
     }
-    for name, words in (("place", "on {}"), ("processes", "{} processes")):
+    for name, words in (("place", "on {}"), ("processes", "{} processes"), ("steps", "{} steps")):
         if before.get(name, computed[name]) != computed[name]:
             warnings.append(f"{words.format(before[name])} before, {words.format(computed[name])} now: sums round differently")
     return precision, computed, warnings

@@ -228,6 +228,15 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
             group["capturable"] = True
 
 
+def make_plain(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
+    """Undoes ``make_capturable`` in an optimizer with these settings: a checkpoint of captured steps may be continued without."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"] = settings["lr"]
+        if "capturable" in group:
+            group["capturable"] = False
+
+
 def update_settings(optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> None:
     """New settings for an optimizer that keeps its state. A tensor keeps its place in memory."""
     for group in optimizer.param_groups:

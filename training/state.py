@@ -126,6 +126,7 @@ class State:
             settings = regimes.settings_at(regime, self.epoch if self.step else max(self.epoch - 1, 0), self.history)
             self.optimizer.base_optimizer = regimes.build_optimizer(self.model.parameters(), settings)
             self.optimizer.load_state_dict(content["optimizer"])
+            regimes.make_plain(self.optimizer.base_optimizer, settings)
             if self.optimizer.frozen:
                 self.optimizer.quantized()  # raises where the checkpoint's weights are not
             self.start_signs = {name: content["start_signs"][name].to(sign) for name, sign in self.start_signs.items()}
