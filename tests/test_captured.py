@@ -230,7 +230,9 @@ def test_a_run_is_continued_with_and_without_capturing(tiny_data, tmp_path, capt
     first, second = ("captured", "plain") if captured_first else ("plain", "captured")
     assert f"warning: {first} steps before, {second} steps now" in (tmp_path / "both" / "log.txt").read_text()
     found, expected = (checkpoints.read(tmp_path / name / "checkpoint.pth.tar") for name in ("both", "whole"))
-    assert found["optimizer"]["param_groups"][0]["capturable"] is not captured_first
+    group = found["optimizer"]["param_groups"][0]
+    assert group["capturable"] is not captured_first
+    assert float(group["lr"]) == 0.00390625
     losses, plain_losses = ([row["train_loss"] for row in content["history"]] for content in (found, expected))
     assert losses == pytest.approx(plain_losses, rel=0.02)
     assert [row["strength"] for row in found["history"]] == [0.0, 0.5, 1.0, 0.0]

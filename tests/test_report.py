@@ -780,7 +780,10 @@ def test_one_warm_start_is_claimed_only_of_equal_weights(tmp_path):
     old = [make("old", 0), make("old", 1)]
     assert words(*old)[0] == [1]
     assert "as far as can be known" in words(*old)[1]
-    assert "checksum, or (" in words(*old, *same)[1]
+    older_and_newer = [make("old", 7), *same]
+    assert words(*older_and_newer)[0] == [1]
+    assert "checksum, or (" in words(*older_and_newer)[1]
+    assert words(*older_and_newer, other)[0] == [3], "which of the two the older one began with is not known"
     (one,) = (one for one in collected(*same, other)[1] if "not at its end" in one.reason)
     assert one.run.folder == other
     assert one.reason.startswith(f"it started from {start.parent.name}/fp_run_0, a run that was not at its end then, of 6 epochs")

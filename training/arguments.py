@@ -17,9 +17,8 @@ TensorBoard, and continues an unfinished run when the same command is given agai
 
 
 _NOT_TYPED = object()
-# What changes no number, or rounding alone: where things lie, what is kept and shown, who decodes and who launches. A run may be
-# continued with others.
-CHANGES_NO_NUMBER = frozenset(
+# With other values of these a run may be continued: they change no number, or its rounding alone.
+MAY_CHANGE = frozenset(
     {
         "results_dir",
         "save",
@@ -278,8 +277,8 @@ def build_parser(
         help="compile the network for training (torch.compile): on, off, or auto: on a CPU with a C++ compiler if a run on "
         "images is long enough to gain; without CUDA graphs, which --capture is for (default: auto)")  # fmt: skip
     add("--capture", action="store_true",
-        help="record a training step as a CUDA graph and replay it: for small networks on a GPU; a run may "
-        "go on without")  # fmt: skip
+        help="record a training step as a CUDA graph and replay it: for small networks on a GPU; a run that was "
+        "begun with it may be continued without, and the other way round")  # fmt: skip
     add("--tf32", action="store_true", help="let CUDA round fp32 products to TF32: faster, not exact")
     add("--deterministic", action="store_true", help="bit-identical repetitions on CUDA too, at some cost; the CPU's always are")
     add("--sync_bn", action="store_true", help="several GPUs: BatchNorm statistics over the whole batch, not each GPU's share")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from training import checkpoints
-from training.arguments import CHANGES_NO_NUMBER, DERIVED
+from training.arguments import DERIVED, MAY_CHANGE
 from training.log import LogFile, log, warn, warnings_so_far
 from training.state import NETWORK_KEYS, computed_before
 from training.tasks import task_of
@@ -120,7 +120,7 @@ class Run:
         if not old:
             return []
         # A flag that is newer than the run counts only where the user typed it.
-        both = sorted((set(old) | (set(self._arguments) & self._typed)) - CHANGES_NO_NUMBER)
+        both = sorted((set(old) | (set(self._arguments) & self._typed)) - MAY_CHANGE)
         differing = [name for name in both if not _agree(name, old.get(name), self._arguments.get(name))]
         return [f"--{name} {old.get(name)} there, {self._arguments.get(name)} here" for name in differing]
 

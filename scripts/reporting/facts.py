@@ -22,15 +22,22 @@ def from_facts(facts: dict[str, Any]) -> dict[str, Any]:
     match known.get("data"):
         case {"source": str(source), "samples": str(samples), "training": int(training), "validation": int(validation)}:
             found["data"] = f"{_without_place(source)}; {training} training and {validation} validation {samples}"
-    match known:
-        case {"precision": str(precision), "compiled": bool(compiled), "captured": bool(captured)}:
-            found["computed"] = precision + (", compiled" if compiled else "") + (", captured" if captured else "")
+    if words := computed(known):
+        found["computed"] = words
     if isinstance(known.get("parameters"), int):
         found["parameters"] = known["parameters"]
     match known.get("quantized"):
         case {"weights": int(weights), "tensors": int(tensors)}:
             found["quantized"] = (weights, tensors)
     return found
+
+
+def computed(facts: dict[str, Any]) -> str | None:
+    """How a process has computed, in words; None where its facts do not say."""
+    match facts:
+        case {"precision": str(precision), "compiled": bool(compiled), "captured": bool(captured)}:
+            return precision + (", compiled" if compiled else "") + (", captured" if captured else "")
+    return None
 
 
 def from_log(path: Path) -> dict[str, Any]:

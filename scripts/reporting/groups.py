@@ -18,10 +18,10 @@ from reporting.runs import Run
 from reporting.schedules import DATA, PRECISION, PROCESSES, REGIME, STRENGTH, schedule_text, shown
 from reporting.statistics import Spread, spread
 from training import checkpoints, regimes
-from training.arguments import CHANGES_NO_NUMBER, DERIVED, build_parser
+from training.arguments import DERIVED, MAY_CHANGE, build_parser
 
-# What may differ inside a group: the seed, where things lie, and what changes no number.
-FREE = {"seed", *CHANGES_NO_NUMBER, *DERIVED}
+# What may differ inside a group: the seed, where things lie, and what changes no number but by rounding.
+FREE = {"seed", *MAY_CHANGE, *DERIVED}
 _NAMES = {"modes": quantize.MODES, "models": models.MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
 DEFAULTS = vars(build_parser(**_NAMES).parse_args([]))
 
@@ -209,9 +209,10 @@ def collect(found: list[Run]) -> tuple[list[Group], list[LeftOut]]:
     """The groups in the order of the tables, and all that is not as it should be."""
     left_out = [LeftOut(run, run.problem) for run in found if run.problem]
     sorted_runs: dict[str, list[Run]] = {}
-    identities = {}
+    identities, known = {}, _checksums_of_places(found)
     for run in (run for run in found if not run.problem):
         one = identity(run)
+        one["resume"] = known.get(one["resume"], one["resume"])
         key = json.dumps(one, sort_keys=True)
         identities[key] = one
         same_seed = [other for other in sorted_runs.get(key, []) if other.arguments["seed"] == run.arguments["seed"]]
@@ -229,6 +230,15 @@ def collect(found: list[Run]) -> tuple[list[Group], list[LeftOut]]:
         for number, (key, text) in enumerate(zip(order, schedules, strict=True), 1)
     ]  # fmt: skip
     return groups, [*left_out, *_started_from_unfinished(groups), *_never_frozen(groups), *_mismatched(groups)]
+
+
+def _checksums_of_places(found: list[Run]) -> dict[str, str]:
+    """That of the weights at a place, where all runs that began there and know it agree: older ones wrote the place alone."""
+    known: dict[str, set[str]] = {}
+    for run in (run for run in found if not run.problem):
+        if checksum(run) and (place := _place(run, run.arguments.get("resume"))):
+            known.setdefault(place, set()).add(checksum(run))
+    return {place: next(iter(sums)) for place, sums in known.items() if len(sums) == 1}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reporting import tables
+from reporting.facts import computed
 from reporting.families import families
 from reporting.groups import Group, LeftOut, begins_with_best, checksum, method_of
 from reporting.measures import ERROR, PERPLEXITY
@@ -225,11 +226,16 @@ def _machines(groups: Sequence[Group]) -> str:
         seconds = [row["seconds"] for run in group.runs for row in run.rows if row.get("seconds") is not None]
         rows.append([
             group.number, group.method, " ".join(map(str, group.seeds)), _distinct(facts.get("device") for facts in processes),
-            _distinct(run.computed for run in group.runs), _distinct(_versions(facts) for facts in processes),
+            _distinct(words for run in group.runs for words in _computed(run)), _distinct(_versions(facts) for facts in processes),
             _distinct(facts.get("git_revision") for facts in processes), f"{statistics.median(seconds):.1f}" if seconds else NONE,
         ])  # fmt: skip
     heads = ("#", "method", "seeds", "device", "computed", "versions", "git revision", "seconds an epoch, median")
     return tables.table(heads, rows)
+
+
+def _computed(run: Run) -> list[str | None]:
+    """How each of a run's processes has computed; as the run's last one says where they do not."""
+    return [computed(facts) or run.computed for facts in (run.facts, *_continued(run))]
 
 
 def _continued(run: Run) -> list[dict[str, Any]]:
