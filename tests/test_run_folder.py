@@ -102,6 +102,18 @@ def test_another_machine_is_said(train):
     assert [words.split(" before, ")[0] for words in warnings] == ["on another CPU, 4 threads", "2 processes"]
 
 
+def test_another_compile_is_said(train):
+    """What is typed holds; what is not typed stays as it was."""
+    train("run")
+    path = Path("results/run/checkpoint.pth.tar")
+    content = torch.load(path, weights_only=True)
+    content["computed"] |= {"compile": "on"}
+    torch.save(content, path)
+    for epochs, warned in ((2, ["--compile on before, --compile off now: sums round differently"]), (3, [])):
+        facts = train("run", "--epochs", epochs, "--compile", "off").facts()["continued"][-1]
+        assert (facts["compiled"], facts["warnings"]) == (False, warned)
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_memory_is_kept_where_glibc_lets_it(monkeypatch, older):
     """Old ones refuse a threshold above 32 MiB; where none is accepted, nothing is set."""

@@ -31,6 +31,7 @@ MAY_CHANGE = frozenset(
         "print_freq",
         "checkpoint_minutes",
         "capture",
+        "compile",
         "evaluate",
     }
 )

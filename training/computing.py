@@ -125,7 +125,7 @@ def decide(
         "place": place,
         "processes": processes.share.count,
     }
-    for name, words in (("place", "on {}"), ("processes", "{} processes"), ("steps", "{} steps")):
+    for name, words in (("place", "on {}"), ("processes", "{} processes"), ("compile", "--compile {}"), ("steps", "{} steps")):
         if before.get(name, computed[name]) != computed[name]:
             warnings.append(f"{words.format(before[name])} before, {words.format(computed[name])} now: sums round differently")
     return precision, computed, warnings

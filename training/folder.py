@@ -27,7 +27,7 @@ from training.tasks import task_of
 from utils import UsageError, remove_left_over, write_text, writing
 
 # What a machine decides where the flag is "auto": the checkpoint has what was decided, and a continuation keeps to it.
-_DECIDED = ("compile", "device", "precision")
+_DECIDED = ("device", "precision")
 
 
 @dataclass(frozen=True)
