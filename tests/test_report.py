@@ -439,6 +439,7 @@ def collected(*folders: Path) -> tuple[list[groups.Group], list[groups.LeftOut]]
         ({"holdout": 0}, False),
         ({"holdout": None}, False),
         ({"compile": "auto"}, False),
+        ({"compile": "on", "capture": True}, False),
         ({"holdout": 500}, True),
         ({"a_flag_to_come": 3}, True),
         ({"keep_optimizer_state": True}, True),

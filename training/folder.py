@@ -26,7 +26,7 @@ from training.state import NETWORK_KEYS, computed_before
 from training.tasks import task_of
 from utils import UsageError, remove_left_over, write_text, writing
 
-# What a machine decides where the flag is "auto": the checkpoint has what was decided, and a continuation keeps to it.
+# What a machine decides where the flag is "auto", and no continuation may change: the checkpoint has what was decided.
 _DECIDED = ("device", "precision")
 
 
