@@ -14,8 +14,9 @@ Each METHOD, with its published schedule, is a row of PUBLISHED below. The regim
 What the environment may say of all methods: SHORTER=N divides the schedule by N: epochs, freeze and learning-rate steps in
 proportion, and the proximal strength, summed over all steps before the freeze, as it was. EPOCHS=N does the same by the number of
 epochs that are left. FREEZE_EPOCH, LR and REG_RATE then have the last word. BATCH_SIZE is that of the quantized runs, with the
-summed strength as it was: half of it makes twice the steps, each with half the strength. QUANTIZER, BITS and BY_ROW=1 are for
-methods that take any quantizer, and are in their runs' names.
+summed strength as it was: half of it makes twice the steps, each with half the strength. A pull that begins anew at each step
+(prox_connect) has no sum: what it has reached at the freeze stays as it was. QUANTIZER, BITS and BY_ROW=1 are for methods that
+take any quantizer, and are in their runs' names.
 """
 
 import argparse
@@ -43,7 +44,9 @@ class Schedule:
         epochs, freeze_epoch, batch_size: as the flags.
         rates: learning rates by the epoch that they hold from.
         mode: the flags of the method itself.
-        reg_rate: where a proximal step is scaled by the learning rate.
+        reg_rate: where the strength grows by the epoch.
+        adds_up: True where each step pulls the weights further, by the learning rate times the strength; False where it pulls the
+            latent weights anew, so that only the strength of the moment counts.
         optimizer: its name.
         settings: more of its settings.
         flags: those that say ``rates`` and ``settings`` at the published length, as the README's commands have them; None where
@@ -57,15 +60,22 @@ class Schedule:
     rates: Mapping[int, float]
     mode: tuple[str, ...] = ()
     reg_rate: float | None = None
+    adds_up: bool = True
     optimizer: str = "Adam"
     settings: Mapping[str, float] = field(default_factory=dict)
     flags: tuple[str, ...] | None = None
     any_quantizer: bool = False
 
     def pull(self) -> float:
-        """Sum of the proximal strength over all steps before the freeze, for a reg_rate of 1."""
+        """For a reg_rate of 1, what stays as it was: the strength summed over all steps before the freeze, or that at the freeze.
+
+        0 where no epoch before the freeze has any strength.
+        """
+        freeze = self.freeze_epoch or 0
+        if not self.adds_up:
+            return float(freeze) if freeze > 1 else 0.0
         rate, total = 0.0, 0.0
-        for epoch in range(self.freeze_epoch or 0):
+        for epoch in range(freeze):
             rate = self.rates.get(epoch, rate)
             total += rate * epoch
         return total * math.ceil(IMAGES / self.batch_size)
@@ -78,7 +88,7 @@ class Schedule:
         return replace(self, epochs=epochs, freeze_epoch=freeze, batch_size=batch_size, rates=rates, flags=None)
 
     def pulling(self, total: float) -> "Schedule":
-        """With the ``reg_rate`` that makes the summed strength ``total``; raises ValueError where no epoch has any."""
+        """With the ``reg_rate`` that makes ``pull`` the given ``total``; raises ValueError where no epoch has any."""
         if not self.pull():
             raise ValueError(f"no epoch before the freeze at {self.freeze_epoch} has any strength: a longer schedule is needed")
         return replace(self, reg_rate=float(f"{total / self.pull():.4g}"))
@@ -143,7 +153,8 @@ PUBLISHED = {
     "lazy_alt": Schedule(300, 200, 128, _BINARY, _mode("lazy_alt"), any_quantizer=True, **_ALL_LAZY),
     "parq": Schedule(300, 200, 128, _BINARY, _mode("parq"), any_quantizer=True, **_ALL_LAZY),
     "binary_relax": Schedule(300, 200, 128, _BINARY, _mode("binary_relax"), any_quantizer=True, **_ALL_LAZY),
-    "prox_connect": Schedule(300, 200, 128, _CONSTANT, _mode("prox_connect"), 1e-4, any_quantizer=True),
+    # Its strength is reg_rate * epoch, without the learning rate: it reaches 1, where a weight is its sign, at the freeze.
+    "prox_connect": Schedule(300, 200, 128, _CONSTANT, _mode("prox_connect"), 5e-3, adds_up=False, any_quantizer=True),
 }
 # Share of the summed strength: the best of 1, 1/4, 1/8, 1/16 and 1/32 at a 25th of the length, on 5000 held-out training images.
 TUNED = {"pq_binary": 1 / 16}

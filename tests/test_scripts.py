@@ -445,6 +445,22 @@ def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter, bat
         assert pull(found) == pytest.approx(expected / 16 if regime == "tuned" else expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("regime", ["published", "common"])
+@pytest.mark.parametrize("settings", [{}, {"SHORTER": "25"}, {"BATCH_SIZE": "16"}, {"EPOCHS": "30"}, {"SHORTER": "10", "LR": "1"}])
+def test_a_pull_that_does_not_add_up_reaches_the_sign_at_the_freeze(regime, settings):
+    """ProxConnect's strength is the rate times the epoch, whatever learning rate and number of steps are."""
+    found = study_arguments("prox_connect", regime, **settings)
+    rate, freeze = float(found["--reg_rate"]), int(found["--freeze_epoch"])
+    assert quantize.mode("prox_connect").strength(rate, freeze) == pytest.approx(1, rel=1e-3)
+    assert study_arguments("prox_connect", regime)["--reg_rate"] == "0.005"
+
+
+def test_which_pulls_add_up_is_what_their_modes_say():
+    for method, chosen in study.PUBLISHED.items():
+        if chosen.reg_rate is not None:
+            assert chosen.adds_up == quantize.MODES[chosen.mode[1]].schedule.scaled_by_lr, method
+
+
 def test_the_whole_study(tmp_path, tiny_data):
     """All methods under both regimes from one command; given again it finds everything complete."""
     settings = environment(tmp_path, tiny_data, SCHEDULE="short", SHORTER="100", DEPTHS="8", RUNS_PER_GPU="2", **WHOLE)
