@@ -18,7 +18,6 @@ set -euo pipefail
 DEPTHS=${DEPTHS:-20}
 REGIMES=${REGIMES:-published common}
 METHODS=${METHODS:-bc pq_binary pq_ternary}
-mkdir -p "$RESULTS_DIR"
 
 find_slots
 # shellcheck disable=SC2086  # EXTRA holds several arguments

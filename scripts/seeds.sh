@@ -25,6 +25,7 @@ case $SCHEDULE in
     *) fail "SCHEDULE=$SCHEDULE: published or short is needed" ;;
 esac
 export SHORTER
+[[ ${RUNS_PER_GPU:-1} =~ ^[1-9][0-9]{0,2}$ ]] || fail "RUNS_PER_GPU=$RUNS_PER_GPU: a whole number from 1 to 999 is needed"
 DEPTH=${DEPTH:-20}
 SEEDS=${SEEDS:-0 1 2 3}
 MODEL=${MODEL:-resnet}

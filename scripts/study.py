@@ -20,6 +20,7 @@ take any quantizer, and are in their runs' names.
 """
 
 import argparse
+import contextlib
 import csv
 import itertools
 import math
@@ -114,7 +115,10 @@ class Wishes:
                  "BATCH_SIZE": count, "LR": number, "REG_RATE": number}  # fmt: skip
         given = {name: _parsed(name, environment[name], *kind) for name, kind in kinds.items() if environment.get(name)}
         flags = {"QUANTIZER": "--quantizer", "BITS": "--bits", "BY_ROW": "--by_row"}
+        if environment.get("BY_ROW", "") not in ("", "0", "1"):
+            raise ValueError(f"BY_ROW: {environment['BY_ROW']} is not accepted, 1 or 0 is needed")
         named = [(flag, environment[name]) for name, flag in flags.items() if environment.get(name)]
+        named = [pair for pair in named if pair != ("--by_row", "0")]
         quantizer = tuple((flag, "" if flag == "--by_row" else value) for flag, value in named)
         return cls(quantizer=quantizer, **{name.lower(): value for name, value in given.items()})
 
@@ -213,12 +217,12 @@ def arguments(method: str, regime: str, wishes: Wishes) -> list[str]:
 
 
 def run_name(network: str, method: str, regime: str, wishes: Wishes) -> str:
-    """The name of an experiment's runs, without their seed."""
-    words = [network]
-    if method != "fp":
-        quantizer = [{"--bits": f"{value}bit", "--by_row": "row"}.get(flag, value) for flag, value in wishes.quantizer]
-        words += [method, *quantizer, schedule(method, regime, wishes).optimizer]
-    return "_".join([*words, *([] if regime == "published" else [regime])])
+    """The name of an experiment's runs, without their seed; raises ValueError as ``schedule`` does."""
+    optimizer = schedule(method, regime, wishes).optimizer
+    if method == "fp":  # the one that all others start from: no regime changes it
+        return network
+    quantizer = [{"--bits": f"{value}bit", "--by_row": "row"}.get(flag, value) for flag, value in wishes.quantizer]
+    return "_".join([network, method, *quantizer, optimizer, *([] if regime == "published" else [regime])])
 
 
 def plan(args: argparse.Namespace, wishes: Wishes, common_arguments: list[str]) -> int:
@@ -251,15 +255,24 @@ def one_after_another(lengths: list[int], slots: int) -> int:
 
 def trained(folder: Path) -> int:
     """Epochs that a run has behind it."""
-    return len(measured_seconds(folder))
+    return len(_whole_rows(folder))
 
 
 def measured_seconds(folder: Path) -> list[float]:
-    """The seconds of each of a run's epochs."""
+    """The seconds of each of a run's epochs that say them."""
+    found = []
+    for row in _whole_rows(folder):
+        with contextlib.suppress(KeyError, ValueError):  # of another version of the program, or damaged
+            found.append(float(row["seconds"]))
+    return found
+
+
+def _whole_rows(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's results; not one that is cut off."""
     try:
         with open(folder / "results.csv", newline="") as file:
-            return [float(row["seconds"]) for row in csv.DictReader(file)]
-    except OSError:  # not begun; or not a folder but a run's output
+            return [row for row in csv.DictReader(file) if None not in row.values()]
+    except (OSError, ValueError, csv.Error):  # not begun; or not a folder but a run's output; or no text
         return []
 
 

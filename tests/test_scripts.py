@@ -414,6 +414,14 @@ def test_a_quantizer_is_in_the_name_of_its_runs():
     assert done.stdout == "resnet20_prox_alt_uniform_2bit_row_Adam_common\n"
     found = study_arguments("prox_alt", "common", BITS="2", BY_ROW="1", QUANTIZER="uniform")
     assert (found["--quantizer"], found["--bits"], found["--by_row"]) == ("uniform", "2", "")
+    assert "--by_row" not in study_arguments("prox_alt", "common", BY_ROW="0")
+
+
+@pytest.mark.parametrize("regime", study.REGIMES)
+def test_the_warm_start_has_one_name_under_every_regime(regime):
+    """Its schedule is one, and the others look for it under that name."""
+    assert study.run_name("resnet20", "fp", regime, study.Wishes()) == "resnet20"
+    assert study_arguments("fp", regime) == study_arguments("fp", "published")
 
 
 @pytest.mark.parametrize(
@@ -503,6 +511,22 @@ def test_nothing_starts_from_a_network_that_is_half_trained(tmp_path):
     assert "--resume" not in calls
 
 
+@pytest.mark.parametrize(
+    ("content", "epochs", "seconds"),
+    [
+        ("epoch,val_error1\n1,20\n2,19\n", 2, []),
+        ("epoch,seconds,val_error1\n1,36,20\n2,38", 1, [36.0]),
+        ("epoch,seconds\n1,36\n2,oops\n", 2, [36.0]),
+        ("epoch,seconds\n1,36\n2", 1, [36.0]),
+        (b"\xff\xfe", 0, []),
+    ],
+)
+def test_a_plan_reads_what_is_whole_in_damaged_results(tmp_path, content, epochs, seconds):
+    (tmp_path / "results.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert study.trained(tmp_path) == epochs
+    assert study.measured_seconds(tmp_path) == seconds
+
+
 @pytest.mark.parametrize(("schedule", "epochs"), [({}, "12"), ({"SCHEDULE": "short"}, "12"), ({"SCHEDULE": "published"}, None)])
 def test_shorter_is_never_passed_over(tmp_path, schedule, epochs):
     """Given alone it used to train at the full length."""
@@ -535,6 +559,9 @@ def test_how_long_runs_take_side_by_side(slots, length):
         ("EPOCHS", "0"),
         ("FREEZE_EPOCH", "later"),
         ("BITS", "2"),
+        ("BY_ROW", "yes"),
+        ("RUNS_PER_GPU", "0"),
+        ("RUNS_PER_GPU", "x"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused_at_once(tmp_path, name, value):
@@ -543,3 +570,4 @@ def test_a_study_that_cannot_be_is_refused_at_once(tmp_path, name, value):
     assert len(done.stderr.splitlines()) == 1
     assert name in done.stderr
     assert value.split()[-1] in done.stderr
+    assert list(tmp_path.iterdir()) == []
