@@ -4,9 +4,9 @@
 # missing or its requirements have changed. Places that are given relative (RESULTS_DIR, TB_DIR, DATA_DIR, RESUME, PYTHON) are
 # those of the folder that the script is called in.
 
-# fail MESSAGE: for what the user has to change.
+# fail WORDS...: for what the user has to change.
 fail() {
-    echo "error: $1" >&2
+    echo "error: $*" >&2
     exit 2
 }
 

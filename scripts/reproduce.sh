@@ -15,6 +15,7 @@
 # Says how long it will take before it starts. Run again, it continues what is unfinished and reports.
 set -euo pipefail
 . "$(dirname "$0")/seeds.sh"
+refuse_arguments "$@"
 DEPTHS=${DEPTHS:-20}
 REGIMES=${REGIMES:-published common}
 METHODS=${METHODS:-bc pq_binary pq_ternary}

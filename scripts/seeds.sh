@@ -32,6 +32,12 @@ MODEL=${MODEL:-resnet}
 DATASET=${DATASET:-cifar10}
 DATA_DIR=${DATA_DIR:-Datasets}
 
+# refuse_arguments ARGUMENTS...: those that a script was given and does not take.
+refuse_arguments() {
+    [ $# -eq 0 ] || fail "$*: no such argument is taken; variables say what is to be otherwise, as EPOCHS, BATCH_SIZE and LR in" \
+        "EPOCHS=300 BATCH_SIZE=128 LR=0.01 scripts/${0##*/}; EXTRA=\"--precision fp32\" holds the run's own flags"
+}
+
 # network_name DEPTH
 network_name() {
     if [ "$DATASET" != cifar10 ]; then printf '%s_' "$DATASET"; fi

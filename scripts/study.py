@@ -3,6 +3,7 @@
     python scripts/study.py name METHOD REGIME NETWORK
     python scripts/study.py arguments METHOD REGIME
     python scripts/study.py plan --depths "20 32" ... -- arguments of every run
+    python scripts/study.py takes MODE
 
 Each METHOD, with its published schedule, is a row of PUBLISHED below. The regimes:
 
@@ -225,6 +226,27 @@ def run_name(network: str, method: str, regime: str, wishes: Wishes) -> str:
     return "_".join([network, method, *quantizer, optimizer, *([] if regime == "published" else [regime])])
 
 
+def takes(mode: str, wishes: Wishes) -> list[str]:
+    """What a projection mode with ``QUANTIZER`` takes, "bits" (and rows), "reg_rate"; and "scaled_by_lr" where its pull is.
+
+    Raises ValueError for a mode that is not known, and for a quantizer that it does not take.
+    """
+    sys.path.insert(0, str(ROOT))
+    import quantize  # here: it takes seconds, which no other command needs
+
+    quantizer = dict(wishes.quantizer).get("--quantizer")
+    try:
+        found = quantize.mode(mode, quantizer).schedule
+    except ValueError as error:
+        raise ValueError(f"MODE={mode}{f', QUANTIZER={quantizer}' if quantizer else ''}: {error}") from None
+    words = []
+    with contextlib.suppress(ValueError):
+        quantize.mode(mode, quantizer, bits=2, by_row=True)
+        words.append("bits")
+    words += [found.flag] if found.flag == "reg_rate" else []
+    return [*words, "scaled_by_lr"] if found.scaled_by_lr else words
+
+
 def plan(args: argparse.Namespace, wishes: Wishes, common_arguments: list[str]) -> int:
     """Prints each experiment with the epochs that are left, and the time that they will take."""
     for method in args.methods.split():
@@ -301,6 +323,7 @@ def main() -> int:
         one.add_argument("regime")
         if command == "name":
             one.add_argument("network")
+    commands.add_parser("takes").add_argument("mode")
     whole = commands.add_parser("plan")
     for name in ("depths", "seeds", "methods", "regimes", "network"):
         whole.add_argument(f"--{name}", required=True)
@@ -314,6 +337,8 @@ def main() -> int:
             return plan(args, wishes, args.more)
         if args.command == "name":
             print(run_name(args.network, args.method, args.regime, wishes))
+        elif args.command == "takes":
+            print(*takes(args.mode, wishes))
         else:
             print("\n".join(arguments(args.method, args.regime, wishes)))
         return 0

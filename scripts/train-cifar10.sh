@@ -13,6 +13,7 @@
 #   others: see seeds.sh
 set -euo pipefail
 . "$(dirname "$0")/seeds.sh"
-[ $# -eq 1 ] || fail "one METHOD is needed, as in: scripts/train-cifar10.sh pq_binary"
+[ $# -gt 0 ] || fail "one METHOD is needed, as in: scripts/train-cifar10.sh pq_binary"
+refuse_arguments "${@:2}"
 describe_runs "$1" "${REGIME:-published}"
 run_seeds "$name" "${run_arguments[@]}"

@@ -317,6 +317,75 @@ def test_penn_treebank_scripts(tmp_path, method, bits, name, expected):
     assert "--model_config" not in out
 
 
+@pytest.mark.parametrize(
+    ("method", "settings", "name", "expected"),
+    [
+        ("pq", {"MODE": "prox_ternary"}, "prox_ternary", "--projection_mode prox_ternary --reg_rate 1e-5"),
+        ("alt", {"MODE": "prox_ternary"}, "prox_ternary", "--projection_mode prox_ternary --reg_rate 1e-5"),
+        ("alt", {"MODE": "ttq"}, "ttq", "--projection_mode ttq"),
+        ("pq", {"MODE": "stoch_bin"}, "stoch_bin", "--projection_mode stoch_bin"),
+        ("pq", {"MODE": "prox"}, "prox", "--projection_mode prox --reg_rate 1e-5"),
+        ("pq", {"MODE": "parq", "BITS": "3"}, "parq_3bit", "--projection_mode parq --bits 3 --by_row"),
+        ("pq", {"MODE": "prox_median"}, "prox_median_2bit", "--projection_mode prox_median --bits 2 --by_row --reg_rate 1e-5"),
+        ("pq", {"MODE": "prox_connect", "REG_RATE": "0.02", "BITS": "2"}, "prox_connect_2bit",
+         "--projection_mode prox_connect --bits 2 --by_row --reg_rate 0.02"),
+        ("alt", {"QUANTIZER": "uniform", "BITS": "3"}, "alt_uniform_3bit",
+         "--projection_mode lazy_alt --quantizer uniform --bits 3 --by_row"),
+        ("alt", {"QUANTIZER": "ternary"}, "alt_ternary", "--projection_mode lazy_alt --quantizer ternary"),
+    ],
+)  # fmt: skip
+def test_penn_treebank_modes_get_the_flags_that_they_take(tmp_path, method, settings, name, expected):
+    fake = fake_python(tmp_path, 'echo "$@"')
+    there = environment(tmp_path, tmp_path, PYTHON=fake, SEEDS="0", BATCH_SIZE="10", **{**WHOLE, "EPOCHS": "9", **settings})
+    done = run(f"train-ptb-{method}.sh", env=there)
+    assert done.returncode == 0, done.stderr
+    assert f"--save ptb_lstm_{name}_run_0 " in done.stdout
+    words = done.stdout.split("--epochs 9 --batch-size 10 --resume ")[1].splitlines()[0].split()
+    assert " ".join(words[1:-2]) == expected  # after the warm start's place and before EXTRA
+    given = [word for word in words[1:-2] if word != "--by_row"]
+    flags = dict(zip(given[::2], given[1::2], strict=True))
+    bits = int(flags["--bits"]) if "--bits" in flags else None
+    assert quantize.mode(flags["--projection_mode"], flags.get("--quantizer"), bits, "--by_row" in words)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"SCHEDULE": "short"},
+        {"SHORTER": "4"},
+        {"REGIME": "common"},
+        {"BY_ROW": "0"},
+        {"MODE": "lazzy"},
+        {"MODE": "prox", "BITS": "2"},
+        {"QUANTIZER": "ternary", "BITS": "2"},
+        {"QUANTIZER": "uniform", "MODE": "ttq"},
+        {"MODE": "prox_connect", "REG_RATE": ""},
+    ],
+)
+def test_penn_treebank_refuses_what_it_cannot_honour(tmp_path, settings):
+    fake = fake_python(tmp_path, 'echo "$@"')
+    done = run("train-ptb-pq.sh", env=environment(tmp_path, tmp_path, PYTHON=fake, SEEDS="0", **{**WHOLE, **settings}))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1
+    name, value = list(settings.items())[-1]
+    assert name.lower() in done.stderr.lower()
+    assert value in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["fake-python"]
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *(f"train-ptb-{name}.sh" for name in ("fp", "alt", "pq")), "reproduce.sh"])
+def test_arguments_are_refused_and_not_dropped(tmp_path, script):
+    """The run's own flags are variables here: a run of 300 epochs that was to have 3 used to begin."""
+    fake = fake_python(tmp_path, 'echo "$@"')
+    settings = environment(tmp_path, tmp_path, PYTHON=fake, **WHOLE)
+    done = subprocess.run([ROOT / "scripts" / script, "--epochs", "3"], capture_output=True, text=True, env=settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: --epochs 3: ")
+    assert "EPOCHS=300" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["fake-python"]
+
+
 def slurm(folder: Path, fake: str, task: int, **more: str) -> subprocess.Popen:
     (folder / "scontrol").write_text(f'#!/usr/bin/env bash\necho "$*" >> {folder}/scontrol-calls\n')
     (folder / "scontrol").chmod(0o755)
