@@ -476,6 +476,16 @@ def test_what_ran_sets_groups_apart(tmp_path, facts):
     assert len(collected(first, second)[0]) == 2
 
 
+def test_a_mode_without_strength_has_one_group_whatever_was_written(tmp_path):
+    """Older versions of the program wrote a strength of 1 for it."""
+    for mode, count in (("ttq", 1), ("stoch_bin", 1), ("lazy_alt", 1), ("parq", 2), ("prox", 2)):
+        for seed, strength in enumerate((1.0, "")):
+            folder = make_run(tmp_path / mode / str(seed), "prox", seed, 20.0, projection_mode=mode)
+            rows = csv.DictReader((folder / "results.csv").read_text().splitlines())
+            write_rows(folder, [{**row, "strength": strength} for row in rows])
+        assert len(collected(tmp_path / mode / "0", tmp_path / mode / "1")[0]) == count, mode
+
+
 def test_old_runs_say_the_same_in_their_log(tmp_path):
     """Those whose args.json has no such values: one group with the new ones, whose log says nothing here."""
     new, old = (make_run(tmp_path / name, "prox", seed, 20.0) for seed, name in enumerate("ab"))
@@ -511,6 +521,23 @@ def test_facts_set_groups_apart(tmp_path, fact, values, words):
         add_facts(make_run(tmp_path / name, "prox", ord(name), 20.0), **{fact: value})
     found = collected(tmp_path / "a", tmp_path / "b")[0]
     assert [words in group.schedule for group in found] == [False, True]
+
+
+@pytest.mark.parametrize("difference", [{}, {"tf32": True}, {"batch_size": 64}])
+def test_pairs_are_alike_that_differ_in_the_method_alone(tmp_path, difference):
+    folders = [make_run(tmp_path / "a", "lazy", 0, 20.0), make_run(tmp_path / "b", "prox", 0, 20.0, **difference)]
+    (section,) = tables.sections(collected(*folders)[0])
+    assert {pair.alike for pair in tables.compare(section)} == {not difference}
+    assert len({re.sub(", reg_rate 0.07", "", group.schedule) for group in section.groups}) == 1 + bool(difference)
+
+
+@pytest.mark.parametrize(
+    ("flag", "rate", "words"),
+    [("reg_rate", 1.0, "reg_rate 1"), ("reg_rate", 0.0, None), ("binary_reg", 1.0, None), ("binary_reg", 0.5, "binary_reg 0.5")],
+)
+def test_a_schedule_says_the_rate_that_was_chosen(tmp_path, flag, rate, words):
+    (group,) = collected(make_run(tmp_path / "a", "prox", 0, 20.0, **{"reg_rate": 0.0, flag: rate}))[0]
+    assert group.schedule == "6 epochs, freeze 4, batch 128, Adam 0.01 -> 0.001@3" + (f", {words}" if words else "") + ", bf16"
 
 
 def test_a_warm_start_that_cannot_be_known(tmp_path, out):

@@ -41,8 +41,10 @@ def identity(run: Run) -> dict[str, Any]:
     kept[PROCESSES] = run.facts.get("processes", 1)
     kept[DATA] = run.data
     kept[REGIME] = run.regime or sorted({row.get("lr") or 0 for row in run.rows})
-    # A rate that was typed and a default can look alike among the arguments and still act differently.
-    kept[STRENGTH] = next(([row["epoch"], row["strength"]] for row in run.rows if row.get("strength")), None)
+    # A rate that was typed and a default can look alike among the arguments and still act differently. Where a mode has no
+    # strength, older versions of the program wrote a 1 and newer ones nothing.
+    strengths = run.rows if run.mode not in quantize.MODES or quantize.MODES[run.mode].has_strength else ()
+    kept[STRENGTH] = next(([row["epoch"], row["strength"]] for row in strengths if row.get("strength")), None)
     return json.loads(json.dumps(kept, sort_keys=True, default=str))
 
 
@@ -146,6 +148,7 @@ class Group:
             "resume",
             REGIME,
             PRECISION,
+            "tf32",
             PROCESSES,
             "sync_bn",
         )

@@ -20,9 +20,10 @@ def schedule_text(run: Run, identity: dict[str, Any]) -> str:
     if run.mode is not None:
         words.append("no freeze" if run.freeze_epoch is None else f"freeze {run.freeze_epoch}")
     words += [f"batch {identity['batch_size']}", regime_text(run)]
-    rates = [name for name in ("reg_rate", "binary_reg") if run.mode is not None and identity[name] not in (0, 1)]
+    unsaid = {"reg_rate": (0,), "binary_reg": (0, 1)}  # without effect, or as it is where nobody chooses
+    rates = [name for name, values in unsaid.items() if run.mode is not None and identity[name] not in values]
     words += [f"{name} {shown(identity[name])}" for name in rates]
-    words += [name for name in ("keep_optimizer_state", "adjust_reg") if identity.get(name)]
+    words += [name for name in ("keep_optimizer_state", "adjust_reg", "tf32") if identity.get(name)]
     if identity[PROCESSES] != 1:
         words.append(f"{shown(identity[PROCESSES])} processes")
     return ", ".join([*words, str(identity.get(PRECISION, "precision ?"))])
