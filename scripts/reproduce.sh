@@ -51,8 +51,9 @@ for DEPTH in $DEPTHS; do
     done
 done
 
-# The runs in this very folder: below it there may be those of other schedules.
-"$PYTHON" scripts/report.py "$RESULTS_DIR"/*_run_* --out "$RESULTS_DIR/report"
+# The runs in this very folder, by their folders and outputs: below it there may be those of other schedules.
+shopt -s nullglob extglob
+"$PYTHON" scripts/report.py "$RESULTS_DIR"/*_run_+([0-9])/ "$RESULTS_DIR"/*_run_+([0-9]).out --out "$RESULTS_DIR/report"
 if [ ${#failed_experiments[@]} -gt 0 ]; then
     echo "FAILED: ${failed_experiments[*]}" >&2
     exit 1

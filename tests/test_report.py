@@ -278,6 +278,10 @@ def test_verdicts():
     assert statistics.paired({0: 1.0}, {1: 1.0}) == statistics.Difference(0)
     assert statistics.spread([]) is None
     assert statistics.spread([3.0]) == statistics.Spread(3.0, None, 1)
+    assert statistics.spread([math.inf, 3.0, math.inf]) == statistics.Spread(math.inf, None, 3)
+    assert statistics.spread([math.inf, 3.0, math.inf]).half_width is None
+    beyond = statistics.paired({0: math.inf, 1: math.inf, 2: 1.0}, {0: 1.0, 1: math.inf, 2: math.inf})
+    assert (beyond.n, beyond.low, beyond.shown) == (3, None, False)
 
 
 @pytest.mark.parametrize(
@@ -393,6 +397,27 @@ def test_bad_input(tmp_path):
         assert done.stderr.count("\n") == 1
         assert str(tmp_path / bad) in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_died_before_it_wrote_anything_is_told(tmp_path):
+    """By its output, by its folder with a log, and by both; given as they are, or by the folder that they lie in."""
+    results = tmp_path / "results"
+    make_run(results / "prox_run_0", "prox", 0, 20.0)
+    for name, log, output in (("prox_run_1", True, True), ("prox_run_2", False, True), ("prox_run_3", True, False)):
+        (results / name).mkdir()
+        if log:
+            (results / name / "log.txt").write_text("2026-01-01 00:00:00 run: x\n")
+        if output:
+            (results / f"{name}.out").write_text("Killed\n")
+    (results / "prox_run_0.out").write_text("done\n")
+    (results / "tb" / "prox_run_1").mkdir(parents=True)  # of another kind: nobody's run
+    for number, given in enumerate([[results], sorted(results.glob("*_run_*"))]):
+        done = run_report(*given, "--out", tmp_path / str(number))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "1 of 4 runs in 1 groups" in done.stdout
+        listed = (tmp_path / str(number) / "report.md").read_text().split("## Left out")[1]
+        for name in ("prox_run_1", "prox_run_2", "prox_run_3"):
+            assert listed.count(f"| results/{name} | - | - | it ended before it began to train: none of args.json") == 1
 
 
 def test_out_that_cannot_be_written(tmp_path, capsys):
@@ -560,6 +585,19 @@ def test_runs_that_were_moved_keep_their_warm_start(tmp_path, monkeypatch):
     for place, expected in (("kept/runs", 17.0), ("here/results", 30.0)):
         (group,) = collected(make_run(tmp_path / place / "prox", "prox", 0, 20.0, resume="results/fp"))[0]
         assert group.warm_start[1] == pytest.approx(expected)
+
+
+def test_runs_that_were_moved_keep_their_events(tmp_path, monkeypatch):
+    """And take none of another run that has their name where the report is made."""
+    make_events(tmp_path / "here" / "tb" / "prox")
+    monkeypatch.chdir(tmp_path / "here")
+    moved = make_run(tmp_path / "kept" / "runs" / "prox", "prox", 0, 20.0, tb_dir="tb/prox")
+    assert runs.read(moved).board is None
+    make_events(tmp_path / "kept" / "tb" / "prox")
+    assert weights.layers(runs.read(moved)) == list(LAYERS)
+    for name, results_dir in (("absolute", str(tmp_path / "elsewhere")), ("relative", "../elsewhere")):  # from here
+        folder = make_run(tmp_path / "elsewhere" / name, "prox", 0, 20.0, tb_dir="tb/prox", results_dir=results_dir)
+        assert weights.layers(runs.read(folder)) == list(LAYERS)
 
 
 def test_a_checkpoint_as_warm_start(tmp_path):
@@ -894,6 +932,22 @@ def make_text_run(folder: Path, mode: str | None, seed: int, perplexity: float, 
         writer.writeheader()
         writer.writerows(rows)
     return add_facts(folder, data={"source": "ptb in /x/y", "samples": "tokens", "training": 929589, "validation": 73760})
+
+
+def test_a_perplexity_beyond_all_numbers_is_reported(tmp_path):
+    """Of each number of seeds that is treated in its own way: it has a mean, and no spread."""
+    for count in (2, 3):
+        for seed in range(count):
+            make_text_run(tmp_path / str(count) / f"lazy_run_{seed}", "lazy", seed, 100.0 + seed)
+            folder = make_text_run(tmp_path / str(count) / f"prox_run_{seed}", "prox", seed, 100.0, freeze_epoch=-1)
+            first, *rows = [line.split(",") for line in (folder / "results.csv").read_text().splitlines()]
+            for row in rows if seed else ():
+                row[first.index("val_ppl_bin")] = "inf"
+            (folder / "results.csv").write_text("\n".join(",".join(cells) for cells in (first, *rows)) + "\n")
+        assert report.main([str(tmp_path / str(count)), "--out", str(tmp_path / f"out{count}"), "--show"]) == 0
+        words = (tmp_path / f"out{count}" / "report.md").read_text()
+        assert f"| inf (n={count}) |" in words
+    assert "| inf | 3 seeds, 101.00, inf, inf: no interval, not all are finite |" in words
 
 
 def test_perplexity_has_tables_and_pictures_of_its_own(tmp_path):

@@ -580,6 +580,27 @@ def test_nothing_starts_from_a_network_that_is_half_trained(tmp_path):
     assert "--resume" not in calls
 
 
+def test_the_studys_report_takes_what_else_is_named_like_a_run_for_what_it_is(tmp_path):
+    """An exported network is none; a folder without anything that a run writes is one that died at once."""
+    results = tmp_path / "results"
+    (results / "resnet8_run_0").mkdir(parents=True)
+    (results / "resnet8_run_0.safetensors").write_bytes(b"")
+    (results / "resnet8_run_0_notes").mkdir()
+    (results / "resnet8_run_9").mkdir()
+    (results / "resnet8_run_9" / "results.csv").write_text("epoch,seconds\n1,36\n")
+    main = f'case "$1" in scripts/report.py) exec {sys.executable} "$@";; esac; echo died'
+    settings = environment(tmp_path, tmp_path, PYTHON=fake_python(tmp_path, main), DEPTHS="8", SEEDS="0", METHODS="bc", **WHOLE)
+    done = run("reproduce.sh", env={**settings, "REGIMES": "published"})
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = (results / "report" / "report.md").read_text().split("## Left out")[1].splitlines()
+    found = {line.split(" | ")[0].removeprefix("| results/"): line.split(" | ")[3] for line in listed if "results/" in line}
+    assert {name: reason.split(":")[0].removesuffix(" |") for name, reason in found.items()} == {
+        "resnet8_run_0": "it ended before it began to train",
+        "resnet8_bc_Adam_run_0": "it never began",
+        "resnet8_run_9": "no args.json",
+    }
+
+
 @pytest.mark.parametrize(
     ("content", "epochs", "seconds"),
     [

@@ -20,6 +20,7 @@ from training import checkpoints, regimes
 _MARKS = ("args.json", "results.csv", checkpoints.LATEST)  # a folder with one of them is a run's
 KEPT = ".part_of_the_repository"  # marks a folder whose runs are nobody's but the repository's
 _LOST = re.compile(r"(.+_run_\d+)\.out")  # what scripts/seeds.sh keeps of a run's output, beside its folder
+_NAMED = re.compile(r".+_run_\d+")  # as scripts/seeds.sh names a run's folder
 # The arguments without which nothing can be said about a run, and their kinds.
 _NEEDED = {"dataset": str, "model": str, "model_config": dict, "epochs": int, "batch_size": int, "freeze_epoch": int, "seed": int}
 
@@ -103,7 +104,7 @@ class Run:
     def board(self) -> EventAccumulator | None:
         """What TensorBoard has of the run; None where there is nothing."""
         given = self.arguments.get("tb_dir")
-        places = candidates(self, given) if isinstance(given, str) else [self.folder / "tb"]
+        places = candidates(self, given, here=_lies_where_it_ran(self)) if isinstance(given, str) else [self.folder / "tb"]
         folder = next((place for place in places if _has_events(place)), None)
         # What an interrupted process wrote beyond its last checkpoint was trained, and written, again: this reader takes it back.
         return folder and EventAccumulator(str(folder), size_guidance={HISTOGRAMS: 0, SCALARS: 0}).Reload()
@@ -120,13 +121,13 @@ class Run:
 
 
 def find(path: Path) -> list[Path]:
-    """The run folders at or below a path, and those of runs that left only their output; the least deep first, then by name.
+    """The run folders at or below a path, the least deep first, then by name; those of runs that left but output or a log, too.
 
     A path may also be such an output. What is part of the repository is found by a path of its own alone.
     """
-    if lost := _LOST.fullmatch(path.name):
-        return [path.with_name(lost[1])] if path.is_file() else []
-    found = []
+    if (lost := _LOST.fullmatch(path.name)) and path.is_file():
+        return [path.with_name(lost[1])]
+    found: list[Path] = []
     for folder, folders, files in os.walk(path):
         if KEPT in files and Path(folder) != path:
             folders.clear()
@@ -134,10 +135,13 @@ def find(path: Path) -> list[Path]:
         if any(mark in files for mark in _MARKS):
             found.append(Path(folder))
             folders.clear()  # what lies in a run's folder is the run's
-        names = [match[1] for match in map(_LOST.fullmatch, files) if match]
-        found += [Path(folder) / name for name in names if name not in folders]
+        elif "log.txt" in files and _NAMED.fullmatch(Path(folder).name):
+            found.append(Path(folder))  # it ended before it wrote a mark
+        found += [Path(folder) / match[1] for match in map(_LOST.fullmatch, files) if match]
+    if not found and _NAMED.fullmatch(path.name) and path.is_dir():
+        found.append(path)
     # Of two runs with one seed the first counts: rather the one in the experiment's folder than a copy somewhere below.
-    return sorted(found, key=lambda run: (len(run.parts), natural_order(run)))
+    return sorted(set(found), key=lambda run: (len(run.parts), natural_order(run)))
 
 
 def natural_order(path: Path) -> list[tuple[int, str]]:
@@ -149,6 +153,8 @@ def read(folder: Path) -> Run:
     """Reads a run's folder; what is wrong with it is its ``problem``."""
     if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes any text for a name
         return Run(folder, problem="it never began: there is only its output, a .out file, and no folder")
+    if not any(os.path.exists(folder / mark) for mark in _MARKS):
+        return Run(folder, problem=f"it ended before it began to train: none of {', '.join(_MARKS)} is in its folder")
     try:
         content = json.loads((folder / "args.json").read_text())
         arguments = content.pop("arguments")
@@ -254,10 +260,20 @@ def launch_folder(run: Run) -> Path | None:
     return Path(*parent.parts[: len(parent.parts) - length])
 
 
-def candidates(run: Run, text: str) -> list[Path]:
-    """Where a path among a run's arguments may lie now, best first; results that were moved as a whole are found too."""
-    beside = [run.folder.resolve().parent / Path(*Path(text).parts[-length:]) for length in (1, 2)]
+def _lies_where_it_ran(run: Run) -> bool:
+    """Whether ``--results_dir`` leads from the current folder to where the run lies."""
+    return Path(os.path.abspath(str(run.arguments.get("results_dir", "results")))) == run.folder.resolve().parent
+
+
+def candidates(run: Run, text: str, here: bool = True) -> list[Path]:
+    """Where a path among a run's arguments may lie now, best first; results that were moved as a whole are found too.
+
+    Where the folder that the run was started in is not known, the last one is the path as it is in the current folder: what has
+    this name there may be another run's, and with ``here`` False it is left out.
+    """
+    parent = run.folder.resolve().parent
+    beside = [parent / Path(*Path(text).parts[-length:]) for length in (1, 2)]
     base = launch_folder(run)
     if base or text.startswith("/"):
         return [(base or Path()) / text, *beside]  # base / an absolute path is that path
-    return [*beside, Path(text)]  # moved: what has this name where the report is made may be another run
+    return [*beside, parent.parent / text, *([Path(text)] if here else [])]

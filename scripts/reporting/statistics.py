@@ -13,7 +13,7 @@ ENOUGH = 3  # seeds below which nothing is said about a spread
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean over ``n`` values; ``std`` is the sample standard deviation, None for one value."""
+    """A mean over ``n`` values; ``std`` is the sample standard deviation, None for one value and where one is not finite."""
 
     mean: float
     std: float | None
@@ -21,8 +21,8 @@ class Spread:
 
     @property
     def half_width(self) -> float | None:
-        """Half of the mean's 95% t-interval; None below ENOUGH values."""
-        return None if self.n < ENOUGH else t_quantile(self.n - 1) * self.std / math.sqrt(self.n)
+        """Half of the mean's 95% t-interval; None below ENOUGH values, and where there is no standard deviation."""
+        return None if self.n < ENOUGH or self.std is None else t_quantile(self.n - 1) * self.std / math.sqrt(self.n)
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def spread(values: Sequence[float]) -> Spread | None:
     """Mean and spread; None of nothing."""
     if not values:
         return None
+    if not all(map(math.isfinite, values)):  # a perplexity can be beyond all numbers
+        return Spread(sum(values) / len(values), None, len(values))
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 

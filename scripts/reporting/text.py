@@ -143,6 +143,8 @@ def doubt(group: Group) -> str:
         return "1 seed: nothing is known of the spread"
     if found.n < ENOUGH:
         return f"{found.n} seeds, {', '.join(f'{error:.2f}' for error in errors.values())}: too few for an interval"
+    if found.half_width is None:
+        return f"{found.n} seeds, {', '.join(f'{error:.2f}' for error in errors.values())}: no interval, not all are finite"
     return f"± {found.half_width:.2f} (95% interval, {found.n} seeds)"
 
 
