@@ -321,7 +321,7 @@ def test_without_seeds_enough_one_sentence_is_the_verdict(study, tmp_path):
     done = run_report(study / "lazy_run_0", study / "prox_run_0", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     words = (tmp_path / "report.md").read_text().split("## Before you believe it")[0]
-    assert "No two methods share the 3 seeds" in words
+    assert "An interval for the difference of two methods needs 3 seeds that both have; there are fewer here." in words
     assert "too few seeds to say" not in words
 
 
@@ -877,6 +877,38 @@ def test_a_method_is_named_with_its_quantizer_and_bits(tmp_path):
     assert "cifar10_resnet20_bits" not in {picture.name for picture in pictures.draw(one_of_each, lambda name: None)}
 
 
+def test_each_quantizer_has_its_own_line_of_errors_by_bits(tmp_path):
+    """Points of another quantizer, or by row, are not joined with those of the mode alone, and do not look like them."""
+    for number, (mode, more) in enumerate(
+        [("prox_alt", {}), ("prox_alt", {"quantizer": "uniform"}), ("prox_alt", {"by_row": True}), ("lazy_alt", {})]
+    ):
+        for bits in (2, 3):
+            make_run(tmp_path / f"{number}_{bits}_run_0", "prox", 0, 20.0, **{"projection_mode": mode, "bits": bits, **more})
+    (section,) = tables.sections(collected(*runs.find(tmp_path))[0])
+    (axes,) = pictures._draw_bits(section, "title").axes
+    lines = {container.get_label(): container.lines[0] for container in axes.containers}
+    pq = "ProxQuant-alternating"
+    assert set(lines) == {pq, f"{pq} (uniform)", f"{pq} (by row)", "alternating"}
+    assert [list(line.get_xdata()) for line in lines.values()] == [[2, 3]] * 4
+    assert len({(line.get_color(), line.get_marker()) for line in lines.values()}) == 4
+
+
+def test_differences_of_signs_are_in_points_whatever_networks_are_judged_by(tmp_path):
+    for mode in ("prox", "lazy"):
+        make_text_run(tmp_path / f"{mode}_run_0", mode, 0, 100.0)
+    (section,) = tables.sections(collected(*runs.find(tmp_path))[0])
+    rows = [line.split(" | ") for line in tables.comparison_table(tables.compare(section)).splitlines()]
+    assert [cells[4] for cells in rows] == ["A - B", "---", "+0.00 of perplexity", "+0.00 points"]
+
+
+def test_the_error_before_the_freeze_is_told_of_both_networks(tmp_path):
+    """As it was trained, which in an eager mode is in float, and hard-quantized, as it is judged afterwards."""
+    (section,) = tables.sections(collected(make_run(tmp_path / "run", "prox", 0, 20.0))[0])
+    heads, _, row = (line.strip("| ").split(" | ") for line in tables.sign_table(section).splitlines())
+    assert heads[-2:] == ["error % before the freeze, weights as they are", "and hard-quantized"]
+    assert row[-2:] == ["17.00 (n=1)", "22.00 (n=1)"]
+
+
 def test_no_mode_is_known_by_name():
     """What the report needs of a mode it asks the mode for: a new one is one row in quantize/."""
     modes = "|".join(quantize.MODES)
@@ -965,6 +997,7 @@ def test_perplexity_has_tables_and_pictures_of_its_own(tmp_path):
     assert "90.00 (" in of_text
     assert "+12.00" in of_text  # the gap to the warm start
     assert "error" not in of_text.replace("quantization error", "")
+    assert "- Images: validation is on the test set" in words
     assert {"ptb_lstm_shared_6_epochs_perplexities.png", "cifar10_resnet20_own_6_epochs_errors.png"} <= {
         path.name for path in (tmp_path / "out").iterdir()
     }

@@ -1,6 +1,6 @@
 """Which groups go into one picture, and how their lines look."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,11 +84,17 @@ def style_of(mode: str | None) -> tuple[str, str, str]:
     return _STYLES[modes.index(mode) % len(_STYLES)] if mode in modes else _STYLES[-1]
 
 
-def _lines(groups: Sequence[Group]) -> Iterator[Line]:
+def styles_of(modes: Iterable[str | None]) -> Iterator[tuple[str, str, str]]:
+    """A colour, marker and line for each: the mode's own, and another one where that is taken."""
     used = set()
-    for group in groups:
-        name = f"{group.method} (#{group.number})" if sum(other.method == group.method for other in groups) > 1 else group.method
-        own = style_of(group.mode)
+    for mode in modes:
+        own = style_of(mode)
         style = own if own not in used else next((style for style in reversed(_STYLES) if style not in used), own)
         used.add(style)
+        yield style
+
+
+def _lines(groups: Sequence[Group]) -> Iterator[Line]:
+    for group, style in zip(groups, styles_of(group.mode for group in groups), strict=True):
+        name = f"{group.method} (#{group.number})" if sum(other.method == group.method for other in groups) > 1 else group.method
         yield Line(group, name, *style)

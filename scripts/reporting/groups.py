@@ -65,11 +65,12 @@ def label_of(mode: str | None) -> str:
     return found.label if found else " ".join(mode.split())
 
 
-def method_of(run: Run) -> str:
+def method_of(run: Run, with_bits: bool = True) -> str:
     """A run's method as the tables have it, with the quantizer that was chosen for it."""
     label = label_of(run.mode)
     quantizer, bits, by_row = (run.arguments.get(name) for name in ("quantizer", "bits", "by_row"))
-    chosen = [quantizer, f"{bits} {'bit' if bits == 1 else 'bits'}" if bits else None, "by row" if by_row else None]
+    said = f"{bits} {'bit' if bits == 1 else 'bits'}" if bits and with_bits else None
+    chosen = [quantizer, said, "by row" if by_row else None]
     words = ", ".join(str(word) for word in chosen if word)
     return f"{label} ({words})" if words else label
 

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator, ScalarFormatter
 
 from reporting import weights
-from reporting.families import Family, Line, families, style_of
-from reporting.groups import label_of
+from reporting.families import Family, Line, families, styles_of
+from reporting.groups import method_of
 from reporting.measures import ERROR, PERPLEXITY, Measure
 from reporting.statistics import Spread
 from reporting.tables import Note, Section
@@ -252,22 +252,23 @@ def _draw_learned_levels(family: Family, title: str) -> Figure | None:
 
 
 def _draw_bits(section: Section, title: str) -> Figure | None:
-    """A line for each mode; None where no mode was run with several numbers of bits."""
-    by_mode: dict[str, list[tuple[int, Spread, dict[int, float]]]] = {}
+    """A line for each mode and quantizer; None where none of them was run with several numbers of bits."""
+    by_method: dict[tuple[str, str], list[tuple[int, Spread, dict[int, float]]]] = {}
     for group in section.groups:
         errors = group.at(group.freeze_epoch, "quant_error")
         if group.bits is not None and errors:
-            by_mode.setdefault(group.mode, []).append((group.bits, group.spread(errors), errors))
-    if not any(len({bits for bits, *_ in points}) > 1 for points in by_mode.values()):
+            method = (group.mode, method_of(group.runs[0], with_bits=False))
+            by_method.setdefault(method, []).append((group.bits, group.spread(errors), errors))
+    if not any(len({bits for bits, *_ in points}) > 1 for points in by_method.values()):
         return None
     figure, axes = plt.subplots(figsize=(8, 4.9))
-    for mode, points in by_mode.items():
+    styles = styles_of(mode for mode, _ in by_method)
+    for ((_, label), points), (colour, marker, line) in zip(by_method.items(), styles, strict=True):
         bits, spreads, errors = zip(*sorted(points, key=lambda point: point[0]), strict=True)
         means = [spread.mean for spread in spreads]
         low = [mean - min(one.values()) for mean, one in zip(means, errors, strict=True)]
         high = [max(one.values()) - mean for mean, one in zip(means, errors, strict=True)]
-        colour, marker, line = style_of(mode)
-        axes.errorbar(bits, means, (low, high), color=colour, marker=marker, linestyle=line, capsize=3, label=label_of(mode))
+        axes.errorbar(bits, means, (low, high), color=colour, marker=marker, linestyle=line, capsize=3, label=label)
     axes.set_xlabel("bits of a weight")
     axes.set_ylabel("quantization error before the freeze ‖w - Q(w)‖ / ‖w‖")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

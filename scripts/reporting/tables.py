@@ -23,6 +23,7 @@ PAPER: dict[int, tuple[tuple[float, float | None], ...]] = {
 }
 NONE = "-"
 NEVER_FROZE = "never froze"
+SIGNS = "sign changes"
 NEAR = 0.05  # a weight this near to its level counts as settled
 Note = Callable[[str], str | None]  # what is said of a data set beside its name
 
@@ -93,6 +94,11 @@ class Comparison:
         return self.first.same_schedule == self.second.same_schedule
 
     @property
+    def unit(self) -> str:
+        """What the difference is counted in: signs in percent, whatever the networks are judged by."""
+        return "points" if self.quantity == SIGNS else self.first.measure.points
+
+    @property
     def verdict(self) -> str:
         if self.difference.n < ENOUGH:
             return "too few seeds to say"
@@ -122,7 +128,7 @@ def compare(section: Section) -> list[Comparison]:
     found = [Comparison(b, a, quantity, paired(b.judged(), a.judged())) for a, b in pairs]
     for a, b in pairs:
         if a.method != b.method and _same_layers(a, b) and None not in (a.freeze_epoch, b.freeze_epoch):
-            found.append(Comparison(b, a, "sign changes", paired(b.sign_changes(), a.sign_changes())))
+            found.append(Comparison(b, a, SIGNS, paired(b.sign_changes(), a.sign_changes())))
     return found
 
 
@@ -219,10 +225,10 @@ def comparison_table(found: Sequence[Comparison]) -> str:
     rows = []
     for one in found:
         interval = NONE if one.difference.low is None else f"{one.difference.low:+.2f} to {one.difference.high:+.2f}"
-        mean = NONE if one.difference.mean is None else f"{one.difference.mean:+.2f}"
+        mean = NONE if one.difference.mean is None else f"{one.difference.mean:+.2f} {one.unit}"
         names = [f"{group.method} (#{group.number})" for group in (one.first, one.second)]
         rows.append([one.quantity, *names, one.difference.n, mean, interval, one.verdict])
-    return table(("of", "A", "B", "shared seeds", f"A - B, {found[0].first.measure.points}", "95% interval", "verdict"), rows)
+    return table(("of", "A", "B", "shared seeds", "A - B", "95% interval", "verdict"), rows)
 
 
 def level_rows(section: Section) -> list[Sequence[Any]]:
@@ -256,16 +262,18 @@ def aligned(rows: Sequence[Sequence[Any]]) -> str:
 
 
 def sign_table(section: Section) -> str:
-    """Changes of signs, distance from ±1, and the network just before the freeze, as it was trained until then."""
+    """Changes of signs, distance from ±1, and the network just before the freeze, as it was trained until then and quantized."""
     rows = []
     for group in (group for group in section.groups if group.mode is not None):
         end = {seed: 100 * value for seed, value in group.at_the_end("sign_change").items()}
         signs = [mean_std_n(group.spread(values), 1) for values in (group.sign_changes(), end)]
         distance = mean_std_n(group.spread(group.at(group.freeze_epoch, "binary")), 3)
-        before = mean_std_n(group.spread(group.at(group.freeze_epoch, section.measure.column)))
-        rows.append([group.number, group.method, *signs, distance, before])
+        columns = (section.measure.column, f"{section.measure.column}_bin")
+        before = [mean_std_n(group.spread(group.at(group.freeze_epoch, column))) for column in columns]
+        rows.append([group.number, group.method, *signs, distance, *before])
     heads = ("#", "method", "signs changed at the freeze %", "and at the end %", "distance from ±1 before the freeze",
-             f"{section.measure.name}{section.measure.unit} before the freeze, weights as they are")  # fmt: skip
+             f"{section.measure.name}{section.measure.unit} before the freeze, weights as they are",
+             "and hard-quantized")  # fmt: skip
     return table(heads, rows) if rows else ""
 
 

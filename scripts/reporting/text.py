@@ -17,8 +17,8 @@ from reporting.statistics import ENOUGH
 from reporting.tables import NONE, Comparison, Note, Section
 
 _TEST_SET = (
-    "Validation is on the test set, as in the published code. The final error is that of the last epoch, so nothing is chosen by "
-    "it; the best epoch's error is chosen by the very images that it is measured on, and is too low for that."
+    "Images: validation is on the test set, as in the published code. The final error is that of the last epoch, so nothing is "
+    "chosen by it; the best epoch's error is chosen by the very images that it is measured on, and is too low for that."
 )
 _HELD_OUT = (
     "Runs with `--holdout` are validated on training images that were held out, not on the test set: their errors cannot be held "
@@ -154,7 +154,10 @@ def _verdicts(section: Section, pairs: Sequence[Comparison]) -> str:
     chosen = [one for one in pairs if one.first.method != one.second.method]
     chosen = [one for one in chosen if any({one.first.number, one.second.number} <= numbers for numbers in together)]
     if chosen and all(one.difference.n < ENOUGH for one in chosen):
-        return f"No two methods share the {ENOUGH} seeds that an interval takes: the differences are in the tables below."
+        return (
+            f"An interval for the difference of two methods needs {ENOUGH} seeds that both have; there are fewer here. "
+            "The differences are below, without intervals."
+        )
     lines = [f"- {_sentence(one)}" for one in sorted(chosen, key=lambda one: not one.alike)]
     return "\n".join(["One group minus the other, over the seeds that both have:", "", *lines]) if lines else ""
 
@@ -163,7 +166,7 @@ def _sentence(one: Comparison) -> str:
     names = f"{one.first.method} (#{one.first.number}) - {one.second.method} (#{one.second.number})"
     how = "under one schedule" if one.alike else "each under its own schedule"
     found = one.difference
-    mean = "" if found.mean is None else f"{found.mean:+.2f} {one.first.measure.points if 'sign' not in one.quantity else 'points'}"
+    mean = "" if found.mean is None else f"{found.mean:+.2f} {one.unit}"
     interval = "" if found.low is None else f" (95%: {found.low:+.2f} to {found.high:+.2f})"
     seeds = f"{found.n} shared {'seed' if found.n == 1 else 'seeds'}"
     return f"{one.quantity}, {how}: {names}: {', '.join(filter(None, (mean + interval, seeds)))}: {one.verdict}"
