@@ -144,8 +144,8 @@ def packed_bytes(coding: str, count: int) -> int:
 
 
 def signs(dtype: torch.dtype) -> Tensor:
-    """The levels of the coding "sign"."""
-    return torch.tensor([[-1.0, 1.0]], dtype=dtype)
+    """The levels of the coding "sign", on the CPU."""
+    return torch.tensor([[-1.0, 1.0]], dtype=dtype, device="cpu")
 
 
 def _digits_of(coding: str) -> tuple[int, int]:
@@ -164,10 +164,11 @@ def _digits(base: int, each: int, device: torch.device) -> Tensor:
 def _pack(codes: Tensor, coding: str) -> Tensor:
     base, each = _digits_of(coding)
     if not each:
-        bits = codes[:, None] >> torch.arange(base.bit_length() - 1, dtype=torch.uint8) & 1
+        bits = codes[:, None] >> torch.arange(base.bit_length() - 1, dtype=torch.uint8, device=codes.device) & 1
         return _pack(bits.flatten(), "bits1")
     padded = torch.nn.functional.pad(codes, (0, -len(codes) % each)).view(-1, each)
-    return (padded * torch.tensor([base**place for place in range(each)], dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    powers = torch.tensor([base**place for place in range(each)], dtype=torch.uint8, device=codes.device)
+    return (padded * powers).sum(1, dtype=torch.uint8)
 
 
 def _unpack(packed: Tensor, coding: str, count: int | None = None) -> Tensor:

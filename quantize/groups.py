@@ -184,13 +184,13 @@ def _median_of_many(pieces: Sequence[Tensor], function: Function) -> Tensor:
     places = 2**_DIGIT + 2  # one for each digit, and on either side one for numbers whose first digits are not those found
     found = 0
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        counts = torch.zeros(places, dtype=torch.int64)
+        counts = torch.zeros(places, dtype=torch.int64, device=pieces[0].device)
         for piece in pieces:
             number = function(piece).flatten().view(whole)
             place = (number >> shift if shift else number).sub((found << _DIGIT) - 1).clamp_(0, places - 1)
             counts += torch.bincount(place, minlength=places)
         found = (found << _DIGIT) - 1 + int(torch.searchsorted(counts.cumsum(0), rank, right=True))
-    return torch.tensor(found, dtype=whole).view(dtype)
+    return torch.tensor(found, dtype=whole, device=pieces[0].device).view(dtype)
 
 
 Groups = OneTensor | Rows | SideBySide

@@ -85,11 +85,11 @@ def pack_layers(model: nn.Module, names: Collection[str]) -> list[str]:
         The names of the weights that are packed now.
 
     Raises:
-        ValueError: naming a weight that is not quantized.
+        ValueError: naming a weight that is not quantized; the model is as it was then.
     """
-    swapped = []
+    places = {}
     packed: dict[int, nn.Module] = {}  # a layer that the network has in two places stays one layer
-    for prefix, layer in list(model.named_modules(remove_duplicate=False)):
+    for prefix, layer in model.named_modules(remove_duplicate=False):
         name = f"{prefix}.weight"
         if not prefix or name not in names or type(layer) not in _LAYERS:
             continue
@@ -98,10 +98,11 @@ def pack_layers(model: nn.Module, names: Collection[str]) -> list[str]:
                 packed[id(layer)] = _LAYERS[type(layer)](layer).train(layer.training)
             except ValueError as error:
                 raise ValueError(f"{name!r}: {error}") from None
+        places[prefix] = packed[id(layer)]
+    for prefix, layer in places.items():  # when all are known to be quantized: a model that is refused is left as it was
         parent, _, last = prefix.rpartition(".")
-        setattr(model.get_submodule(parent), last, packed[id(layer)])
-        swapped.append(name)
-    return swapped
+        setattr(model.get_submodule(parent), last, layer)
+    return [f"{prefix}.weight" for prefix in places]
 
 
 def load_packed_layers(path: str | os.PathLike, model: nn.Module) -> list[str]:

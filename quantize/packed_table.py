@@ -146,8 +146,8 @@ _LINE = re.compile(
 
 
 def _tensor(data: memoryview, dtype: torch.dtype) -> Tensor:
-    """A tensor of its own memory; numbers are little-endian, as on every machine that torch runs on."""
-    return torch.frombuffer(bytearray(data), dtype=dtype) if len(data) else torch.empty(0, dtype=dtype)
+    """A tensor of its own memory, on the CPU; numbers are little-endian, as on every machine that torch runs on."""
+    return torch.frombuffer(bytearray(data), dtype=dtype) if len(data) else torch.empty(0, dtype=dtype, device="cpu")
 
 
 def lines_of(tensors: Mapping[str, Tensor | Coded]) -> Iterator[Line]:

@@ -139,7 +139,8 @@ def pack(state_dict: Mapping[str, Tensor], quantized: Collection[str], mode: str
         for name in line.names()[: 1 if line.once else None]:
             stored = tensors[name]
             parts += [stored.stored_levels, stored.codes] if isinstance(stored, Coded) else [stored]
-    whole = torch.cat([torch.empty(0, dtype=torch.uint8), *(part.contiguous().flatten().view(torch.uint8) for part in parts)])
+    flat = [part.contiguous().flatten().view(torch.uint8) for part in parts]
+    whole = torch.cat([torch.empty(0, dtype=torch.uint8, device="cpu"), *flat])
     size = len(whole) + _CHECKSUM
     metadata = {KEY: VERSION, "mode": mode, **_ORDER, "facts": kept, "tensors": "\n".join(map(str, lines))}
     # Written here, since the library puts metadata in an order of chance: the same network is to be the same file.

@@ -342,7 +342,7 @@ class Projection:
         """Whether one of those who hold parts of the parameters has a suspicion; all must then look, since looking takes sums."""
         for parameter in self.parameters:
             if is_sharded(parameter) and parameter.device.type == "cpu":  # elsewhere the marks are alike in all processes
-                return bool(over_all(parameter, torch.tensor(float(suspicion)), "max"))
+                return bool(over_all(parameter, torch.tensor(float(suspicion), device=parameter.device), "max"))
         return suspicion
 
     def _note_shown(self, rates: Rates | None = None) -> None:

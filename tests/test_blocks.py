@@ -101,6 +101,13 @@ def test_side_by_side_keeps_the_memory_format():
     assert torch.equal(views[1], weight.transpose(0, 1))
 
 
+def test_the_median_of_many_pieces_is_where_they_are_whatever_the_default_device():
+    w = torch.randn(10)
+    with torch.device("meta"):
+        found = groups.OneTensor(w.split(3)).median(torch.abs)
+    assert torch.equal(found, w.abs().median())
+
+
 @pytest.mark.parametrize(("mode_name", "copies"), [("prox", 0), ("lazy", 1), ("prox_ternary", 0), ("lazy_alt", 1)])
 def test_no_copies_of_the_weights_but_the_latent_ones(mode_name, copies):
     """Counts what the wrapper keeps of a large tensor: tensors of at least half its size, among everything that it holds."""

@@ -123,3 +123,12 @@ def test_what_is_not_quantized_is_refused_by_name_and_other_layers_stay():
     with pytest.raises(ValueError, match=r"'plain\.weight': it holds more than 256"):
         quantize.pack_layers(model, ["plain.weight"])
     assert quantize.pack_layers(model, ["lstm.weight_hh_l0"]) == []
+
+
+def test_a_model_with_a_layer_that_is_refused_is_left_as_it_was():
+    model = nn.Sequential(nn.Linear(2, 300), nn.ReLU(), nn.Linear(300, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(1)
+    with pytest.raises(ValueError, match=r"'2\.weight'"):
+        quantize.pack_layers(model, ["0.weight", "2.weight"])
+    assert [type(layer) for layer in model] == [nn.Linear, nn.ReLU, nn.Linear]

@@ -55,6 +55,19 @@ def tensors_of_few_values(draw) -> torch.Tensor:
     return w.to(draw(st.sampled_from(FLOATS)))
 
 
+@pytest.mark.parametrize("values", [2, 3, 5, 16, 200])
+def test_the_default_device_is_not_asked(values):
+    """A user's torch.set_default_device("cuda"); "meta" shows it anywhere."""
+    w = torch.arange(4 * values).view(4, -1).remainder(values) * 0.5
+    state = {"w": w, "signs": torch.ones(9), "b": torch.randn(3), "none": torch.ones(0), "flag": torch.tensor([True])}
+    expected = packing.pack(state, ["w", "signs"], "prox_alt")
+    with torch.device("meta"):
+        content = packing.pack(state, ["w", "signs"], "prox_alt")
+        found = packing.unpack(content).state_dict()
+    assert content == expected
+    assert all(same_bits(found[name], value) for name, value in state.items())
+
+
 @given(w=tensors_of_few_values())
 def test_a_tensor_of_few_values_comes_back_bit_for_bit(w):
     content = packing.pack({"w": w, "a.w": w}, ["w"], "prox_alt")
