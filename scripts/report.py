@@ -77,17 +77,25 @@ def main(argv: list[str] | None = None) -> int:
         write_text(args.out / "report.csv", tables.groups_csv(sections, note))
         write_text(args.out / "report_comparisons.csv", tables.comparisons_csv([pair for pairs in comparisons for pair in pairs]))
         write_text(args.out / "report.md", text.report(sections, comparisons, drawn, left_out, note, args.machine))
-        if args.readme:
-            place = f"{Path(os.path.relpath(args.out, args.readme.parent)).as_posix()}/"
-            write_text(args.readme, text.report(sections, comparisons, drawn, left_out, note, args.machine, place))
     except OSError as error:
-        print(f"report.py: error: --out {args.out}: {error.strerror or error}", file=sys.stderr)
-        return 1
+        return not_written(f"--out {args.out}", error)
+    if args.readme:
+        place = f"{Path(os.path.relpath(args.out, args.readme.parent)).as_posix()}/"
+        try:
+            write_text(args.readme, text.report(sections, comparisons, drawn, left_out, note, args.machine, place))
+        except OSError as error:
+            return not_written(f"--readme {args.readme}", error)
     if args.show:
         print("".join(f"{section.title(note)}\n\n{tables.aligned(tables.level_rows(section))}\n\n" for section in sections), end="")
     counted = sum(len(group.runs) for group in grouped)
     print(f"{args.out / 'report.md'}: {counted} of {len(found)} runs in {len(grouped)} groups")
     return 0
+
+
+def not_written(flag: str, error: OSError) -> int:
+    """Says which flag's place cannot be written, and why; returns the exit status."""
+    print(f"report.py: error: {flag}: {error.strerror or error}", file=sys.stderr)
+    return 1
 
 
 def write_picture(folder: Path, picture: pictures.Picture) -> text.Picture:

@@ -426,6 +426,11 @@ def test_out_that_cannot_be_written(tmp_path, capsys):
     assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / "file")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert (tmp_path / "file").read_text() == "kept"
+    (tmp_path / "folder").mkdir()
+    for readme, reason in (("nowhere/README.md", "No such file or directory"), ("folder", "Is a directory")):
+        path = tmp_path / readme
+        assert report.main([str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--readme", str(path)]) == 1
+        assert capsys.readouterr().err == f"report.py: error: --readme {path}: {reason}\n"
 
 
 def test_runs_of_the_program(tmp_path, tiny_data):
