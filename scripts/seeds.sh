@@ -34,8 +34,8 @@ DATA_DIR=${DATA_DIR:-Datasets}
 
 # refuse_arguments ARGUMENTS...: those that a script was given and does not take.
 refuse_arguments() {
-    [ $# -eq 0 ] || fail "$*: no such argument is taken; variables say what is to be otherwise, as EPOCHS, BATCH_SIZE and LR in" \
-        "EPOCHS=300 BATCH_SIZE=128 LR=0.01 scripts/${0##*/}; EXTRA=\"--precision fp32\" holds the run's own flags"
+    [ $# -eq 0 ] || fail "$*: no such argument is taken; variables before the command say what is to be otherwise, as EPOCHS=300" \
+        "BATCH_SIZE=128 LR=0.01, and EXTRA=\"--precision fp32\" holds further flags of the run"
 }
 
 # network_name DEPTH
