@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from PIL.Image import DecompressionBombError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
@@ -68,7 +69,7 @@ class _Seeded(Dataset):
             torch.manual_seed(seed)
             try:
                 return self.images[index]
-            except (OSError, SyntaxError, ValueError) as error:
+            except (OSError, SyntaxError, ValueError, DecompressionBombError) as error:
                 path = self.images.samples[index][0]
                 raise UsageError(f"--data_dir: the image {path} cannot be read ({' '.join(str(error).split())})") from None
 
@@ -122,7 +123,7 @@ class FolderBatches:
 
 def _leave_signals(worker: int) -> None:
     """A signal to the whole group of processes is the run's to answer: it still needs its workers to finish the step and save."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

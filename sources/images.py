@@ -96,8 +96,12 @@ def _read_with_torchvision(class_name: str, folders: tuple[str, ...], data_dir: 
 
     def read_present() -> SmallImages | None:
         for root in (data_dir / folder for folder in folders):
-            with contextlib.suppress(RuntimeError):  # its word for: not there, or not what it should be
+            try:
                 return _from_torchvision(dataset(root, train=True), dataset(root, train=False), f"{class_name} in {root}")
+            except Exception as error:  # a damaged file can fail in any layer that reads it
+                if not (isinstance(error, RuntimeError) and "not found" in str(error)):  # its words for what is not there
+                    words = f"--data_dir {data_dir}: {class_name} in {root} is damaged ({_one_line(error)}); remove it"
+                    raise UsageError(words) from None
         return None
 
     found = read_present()
@@ -130,6 +134,8 @@ def _from_torchvision(train: object, test: object, source: str) -> SmallImages:
     def split(dataset: object) -> Split:
         images = np.asarray(dataset.data)
         labels = np.asarray(dataset.targets, dtype=np.int64)
+        if len(images) != len(labels):
+            raise ValueError(f"{len(images)} images and {len(labels)} labels")
         return Split(images if images.ndim == 4 else _from_grey(images), labels)
 
     return SmallImages(split(train), split(test), len(train.classes), source)
@@ -190,7 +196,10 @@ def _list_class_folders(folder: Path) -> list[tuple[Path, int, tuple[int, int]]]
         if not images:
             raise UsageError(f"--data_dir: the class folder {folder / name} holds no .png or .jpg image")
         for entry in sorted(images, key=lambda entry: entry.name):
-            status = entry.stat()
+            try:
+                status = entry.stat()
+            except OSError as error:  # a link to nowhere
+                raise UsageError(f"--data_dir: the image {entry.path} cannot be read ({_one_line(error)})") from None
             listed.append((Path(entry.path), label, (status.st_size, status.st_mtime_ns)))
     return listed
 

@@ -207,6 +207,9 @@ def break_folders(folder: Path, fault: str) -> str:
     path = folder / "train" / "cat" / "0003.png"
     if fault == "unreadable image":
         path.write_bytes(path.read_bytes()[:60])
+    elif fault == "link to nowhere":
+        path.unlink()
+        path.symlink_to("gone.png")
     elif fault == "no image":
         path.write_bytes(b"hello")
     else:
@@ -214,7 +217,9 @@ def break_folders(folder: Path, fault: str) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("fault", ["missing class", "empty class", "unknown class", "unreadable image", "no image", "wrong size"])
+@pytest.mark.parametrize(
+    "fault", ["missing class", "empty class", "unknown class", "unreadable image", "no image", "wrong size", "link to nowhere"]
+)
 def test_faulty_class_folders_are_named(tmp_path, fault):
     make_class_folders(tmp_path / "CIFAR10")
     named = break_folders(tmp_path / "CIFAR10", fault)
@@ -288,6 +293,19 @@ def test_torchvisions_mnist(tmp_path, name):
     assert found[:, :2].max() == 0
     mirrored = torch.cat([sets.train._draw(epoch)[3] for epoch in range(5)])
     assert mirrored.any() == (name == "FashionMNIST")
+
+
+@pytest.mark.parametrize("damage", ["cut in the header", "cut", "fewer labels"])
+def test_damaged_files_of_torchvision_are_named(tmp_path, damage):
+    for prefix in ("train", "t10k"):
+        write_idx(tmp_path / "MNIST" / "raw" / f"{prefix}-images-idx3-ubyte", np.zeros((12, 28, 28), np.uint8))
+        labels = 9 if damage == "fewer labels" else 12
+        write_idx(tmp_path / "MNIST" / "raw" / f"{prefix}-labels-idx1-ubyte", np.zeros(labels, np.uint8))
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[: {"cut in the header": 6, "cut": 3000}.get(damage)])
+    with pytest.raises(UsageError, match=r"MNIST in .* is damaged") as caught:
+        load("mnist", tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashionmnist", "mnist"])
