@@ -24,6 +24,8 @@ CASES = [
     (["--model_config", "{'depth': "], ["--model_config", "dict literal"]),
     (["--model_config", "[20]"], ["--model_config", "dict literal"]),
     (["--model_config", "__import__('os').system('touch hacked')"], ["--model_config", "dict literal"]),
+    (["--model_config", "{'depth': 1j}"], ["--model_config", "1j", "dict literal"]),
+    (["--model_config", "{'depth': {20}}"], ["--model_config", "{20}", "dict literal"]),
     (["--model_config", "{'dpeth': 20}"], ["--model_config", "dpeth", "depth"]),
     (["--model_config", "{'depth': 21}"], ["--model_config", "21", "6n+2"]),
     (["--model_config", "{'depth': 8, 'num_classes': 5}"], ["--model_config", "10 classes"]),
@@ -47,6 +49,10 @@ CASES = [
     (["--save", ""], ["--save"]),
     (["--regime", "{0: {'lr': -1}}"], ["--regime", "-1"]),
     (["--regime", "{'a': {}}"], ["--regime", "'a'"]),
+    (["--regime", "{0: {'lr': 1j}}"], ["--regime", "1j", "dict literal"]),
+    (["--regime", "{0: {'dampening': 'x'}}"], ["--regime", "dampening"]),
+    (["--regime", "{0: {'optimizer': 'Rprop', 'step_sizes': ('a', 'b')}}"], ["--regime", "Rprop", "step_sizes"]),
+    (["--save", os.fsdecode(b"caf\xe9")], ["--save", "caf", "UTF-8"]),
     (["--regime", "{0: 3}"], ["--regime", "3"]),
     (["--regime", "{0: {'speed': 3}}"], ["speed", "momentum"]),
     (["--binary_regime", "--ttq_regime"], ["--binary_regime", "--ttq_regime"]),
@@ -93,6 +99,8 @@ def folder(tmp_path_factory) -> Path:
     torch.save({"state_dict": state, "regime": Hostile()}, place / "hostile_zip.pth.tar")
     (place / "text.pth.tar").write_text("not a checkpoint")
     torch.save({"state_dict": state, "projection_mode": "porx", "dataset": "sample"}, place / "unknown_mode.pth.tar")
+    odd = {"config": "{[]: 1}", "holdout": "many", "hard_quantized": torch.ones(2), "dataset": "sample"}
+    torch.save({"state_dict": state, "projection_mode": "prox", **odd}, place / "odd.pth.tar")
     torch.save([1, 2], place / "list.pth.tar")
     broken = {name: value * float("nan") if value.is_floating_point() else value for name, value in state.items()}
     torch.save({"state_dict": broken}, place / "nan.pth.tar")
@@ -115,6 +123,11 @@ def test_one_line_and_status_two(folder, arguments, named):
     for words in named:
         assert words in lines[0]
     assert listing(folder) == before
+
+
+def test_what_a_checkpoint_says_and_cannot_be_is_passed_over_where_the_user_says_it(folder):
+    printed = run_main("--evaluate", "odd.pth.tar", "--model_config", "{'depth': 8}", "--holdout", 500, cwd=folder).stdout
+    assert "hard-quantized: loss" in printed
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,13 @@ def test_a_typed_learning_rate_scales_the_later_ones():
         settings(regime, epoch, lr=lr)
 
 
+def test_a_rate_that_plateaus_divide_beyond_all_floats_is_none():
+    history = [{"epoch": epoch, "val_loss": 1.0} for epoch in range(1, 6)]
+    regime = {0: {"optimizer": "SGD", "lr": 1.0, "plateau": 1e200}}
+    assert regimes.settings_at(regime, 5, history)["lr"] == 0.0
+    assert regimes.settings_at(regime, 2, history)["lr"] == 1e-200
+
+
 def test_no_adjust_keeps_the_first_entry():
     assert resolve(no_adjust=True) == {0: CIFAR_REGIME[0]}
     assert resolve(no_adjust=True, optimizer="Adam", lr=0.01, binary_regime=True) == {0: {"optimizer": "Adam", "lr": 0.01}}
@@ -99,6 +106,9 @@ def test_a_regime_of_ones_own():
         ({0: {"fused": True}}, "fused"),
         ({0: {"lr": [0.1]}}, "0.1"),
         ({0: {"lr": True}}, "True"),
+        ({0: {"dampening": None}}, "dampening"),
+        ({0: {"optimizer": "ASGD", "alpha": "x"}}, "alpha"),
+        ({0: {"optimizer": "Rprop", "etas": (0.5, 1.2, 3.0)}}, "etas"),
     ],
 )
 def test_bad_regimes_are_named(regime, named):

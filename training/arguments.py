@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import json
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -92,10 +93,13 @@ def _gpu_list(text: str) -> list[int]:
 
 
 def _literal(text: str) -> Any:
+    """The value of a literal, None where it is none or has parts that args.json could not hold, like sets and complex numbers."""
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
+        json.dumps(value, skipkeys=True)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
+    return value
 
 
 def _model_config(text: str) -> dict[str, Any]:
@@ -131,17 +135,26 @@ def _word_from(choices: Collection[str]) -> Callable[[str], str]:
 
 
 def _file_name(text: str) -> str:
-    if text in ("", ".", "..") or "/" in text or "\0" in text or _too_long(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: the name of one folder inside --results_dir is needed")
+    if text in ("", ".", "..") or "/" in text or "\0" in text or not _is_utf8(text) or _too_long(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: the name of one folder inside --results_dir is needed (UTF-8)")
     return text
 
 
 def _path(text: str) -> str:
-    if not text or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a path is needed")
+    if not text or "\0" in text or not _is_utf8(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted: a path in UTF-8 is needed")
     if _too_long(text):
         raise argparse.ArgumentTypeError(f"{text[:60]!r}... is too long for a path")
     return text
+
+
+def _is_utf8(text: str) -> bool:
+    """False for bytes that Python could not decode: log, results and TensorBoard are written in UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _too_long(text: str) -> bool:

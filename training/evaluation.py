@@ -72,7 +72,8 @@ def evaluate(args: Namespace) -> int:
         warn(warning)
     precision = select_precision(args.precision, device, args.tf32)
     sets = load_data(args, kept.dataset, device)
-    source, held = sets.source, kept.content.get("holdout") or 0
+    source, held = sets.source, kept.content.get("holdout")
+    held = held if isinstance(held, int) else 0
     if args.holdout > held:  # the images of a larger number are those of a smaller one and more
         warn(f"--holdout {args.holdout}: {held} images were held out of this network's training; it was trained on the others")
         source = source.replace(" held out", "")
@@ -115,7 +116,7 @@ def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict
         UsageError: if the latent weights and levels in the checkpoint are not this network's.
     """
     # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
-    if content.get("hard_quantized") and content.get("projection_mode") == mode.name:
+    if content.get("hard_quantized") is True and _quantized_alike(content, mode):
         return False
     # As the run itself does it, to the last bit, and from the latent weights and learned levels where the checkpoint has them.
     optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), mode.select(model), mode)
@@ -126,6 +127,17 @@ def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict
             raise UsageError(f"the checkpoint's optimizer is not this network's ({' '.join(str(error).split())[:200]})") from None
     optimizer.freeze()
     return True
+
+
+def _quantized_alike(content: dict[str, Any], mode: quantize.ProjectionMode) -> bool:
+    """Whether a checkpoint is of this mode with this quantizer, of as many bits."""
+    if content.get("projection_mode") != mode.name:
+        return False
+    try:
+        own = choose_mode(mode.name, content.get("quantizer"), content.get("bits"), content.get("by_row") is True)
+    except (UsageError, TypeError):
+        return False
+    return own.shown.in_words == mode.shown.in_words
 
 
 def recalibrate(model: nn.Module, sets: data.Data, precision: Precision, count: int) -> None:
@@ -214,6 +226,6 @@ def _config_of(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config, str):
         try:
             config = ast.literal_eval(config)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             config = {}
     return {name: config[name] for name in ("depth", "hidden", "num_classes") if isinstance(config, dict) and name in config}

@@ -157,7 +157,10 @@ def settings_at(regime: Regime, epoch: int, history: History = ()) -> dict[str, 
         settings.update(entry)
         rate_set_at = start if "lr" in entry else rate_set_at
     if "plateau" in settings:
-        settings["lr"] /= settings["plateau"] ** _plateaus(history, rate_set_at, epoch)
+        try:
+            settings["lr"] /= settings["plateau"] ** _plateaus(history, rate_set_at, epoch)
+        except OverflowError:  # of a number beyond all floats
+            settings["lr"] = 0.0
     return settings
 
 
@@ -290,9 +293,19 @@ def _check_values(regime: Regime, typed: Collection[str]) -> None:
             if isinstance(value, bool) != isinstance(accepted[name], bool):
                 raise UsageError(f"--regime: epoch {epoch}: {name} {value} is not of the kind of its default, {accepted[name]}")
         try:
-            build_optimizer([torch.zeros(1, requires_grad=True)], settings)
-        except (TypeError, ValueError, RuntimeError, IndexError, OverflowError) as error:
-            raise UsageError(f"--regime: epoch {epoch}: {optimizer} does not take {settings} ({error})") from None
+            _try_out(settings)
+        except (TypeError, ValueError, RuntimeError, LookupError, ArithmeticError) as error:
+            reason = str(error).partition("\n")[0]  # torch adds all that its functions would take
+            raise UsageError(f"--regime: epoch {epoch}: {optimizer} does not take {settings} ({reason})") from None
+
+
+def _try_out(settings: dict[str, Any]) -> None:
+    """Two steps of the optimizer: not all settings are looked at where it is made, and some not before there is a state."""
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = build_optimizer([weight], settings)
+    for _ in range(2):
+        weight.grad = torch.ones(1)
+        optimizer.step()
 
 
 def _check_own(epoch: int, name: str, value: Any) -> None:
