@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.capture:
             captured.check_place(gpus > 0, processes.several or len(args.gpus) > 1)
         if len(args.gpus) > 1 and gpus and not started_by_torchrun():
+            utils.check_gpu(max(args.gpus), gpus)
             return launch([__file__, *(sys.argv[1:] if argv is None else argv)], len(args.gpus))
         computing.keep_freed_memory()
         device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed, processes.local)

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -99,6 +100,12 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask a run to save and end; SIGHUP, of a terminal that closes, unless ``nohup`` has had it ignored."""
+    kept = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+    return [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, *kept]
+
+
 def count_gpus(device: str) -> int:
     """How many GPUs a run may choose from with ``--device``."""
     return torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
@@ -126,10 +133,15 @@ def select_device(device: str, gpus: list[int], gpus_typed: bool, local: int = 0
     if gpus_typed and local >= len(gpus):
         raise UsageError(f"--gpus {','.join(map(str, gpus))}: names {len(gpus)}, and there are more processes on this machine")
     gpu = gpus[local] if gpus_typed else local
-    if gpu >= count:
-        raise UsageError(f"--gpus {gpu}: this machine has the GPUs 0 to {count - 1}")
+    check_gpu(gpu, count)
     torch.cuda.set_device(gpu)
     return torch.device("cuda", gpu), None
+
+
+def check_gpu(gpu: int, count: int) -> None:
+    """Raises UsageError on the index of a GPU that a machine with so many has not."""
+    if gpu >= count:
+        raise UsageError(f"--gpus {gpu}: this machine has the GPUs 0 to {count - 1}")
 
 
 def seed_everything(seed: int) -> None:

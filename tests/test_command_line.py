@@ -1,12 +1,16 @@
 """The real command line in a subprocess: every mode, warm start, continuing, evaluation."""
 
+import contextlib
 import csv
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import forks
@@ -173,6 +177,17 @@ def test_a_quantized_network_under_another_mode_is_quantized_anew(place):
     assert losses["prox_ternary"][1] != losses["prox_ternary"][0]
 
 
+def test_a_quantized_network_with_another_number_of_bits_is_quantized_anew(place):
+    options = ("--save", "two_bits", "--epochs", 1, "--projection_mode", "lazy_alt", "--bits", 2, "--by_row")
+    run_main(*arguments(place, *options))
+    losses = {}
+    for bits in (1, 2):
+        options = ("--data_dir", place["data"], "--precision", "fp32", "--bits", bits)
+        losses[bits] = re.findall(r": loss ([0-9.]+)", run_main("--evaluate", place["results"] / "two_bits", *options).stdout)
+    assert losses[2][0] == losses[2][1] == losses[1][0]  # kept as it is: the best network is the quantized one
+    assert losses[1][1] != losses[1][0]
+
+
 def test_the_same_command_finds_a_finished_run_complete(place):
     before = (place["results"] / "fp" / "checkpoint.pth.tar").read_bytes()
     done = run_main(*arguments(place, "--save", "fp", "--epochs", 3, "--lr", "0.01"))
@@ -215,6 +230,35 @@ def test_other_arguments_into_a_used_folder(place):
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     run_main(*arguments(place, "--save", "used", "--epochs", 1, "--lr", "0.02", "--seed", 3, "--overwrite"))
     assert json.loads((folder / "args.json").read_text())["arguments"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "said"),
+    [
+        (("--binary_regime", "--projection_mode", "lazy"), ("--lr", "0.1"), "--lr 0.1 not given there, given here"),
+        (("--projection_mode", "lazy", "--lr", "0.01"), ("--binary_reg", "0"), "--binary_reg 0.0 not given there, given here"),
+        (("--projection_mode", "prox", "--reg_rate", "1"), ("--wd", "1e-4"), "--weight_decay 0.0001 not given there, given here"),
+    ],
+)
+def test_a_default_that_is_typed_may_mean_another_run(place, there, here, said):
+    """The value is the same, and the regime that comes of it is not: given later, or left away, it is another run's."""
+    for name, first, then in (("typed", there, (*there, *here)), ("untyped", (*there, *here), there)):
+        options = ("--save", f"{name}_{here[0][2:]}", "--epochs", 1)
+        run_main(*arguments(place, *options, *first))
+        refused = run_main(*arguments(place, *options, *then), check=2).stderr
+        words = said if name == "typed" else said.replace("not given there, given here", "given there, not given here")
+        assert words in refused
+        assert len(refused.splitlines()) == 1
+        assert "complete" in run_main(*arguments(place, *options, *first)).stdout
+
+
+@pytest.mark.parametrize("freeze", [-1, 2, 5])
+def test_a_pull_that_grows_to_the_end_of_the_run_is_not_begun_anew(place, freeze):
+    """PARQ is hard by the freeze, or where there is none before, by the last epoch: a longer run is another from its start."""
+    options = ("--save", f"grows_{freeze}", "--projection_mode", "parq", "--freeze_epoch", freeze)
+    run_main(*arguments(place, *options, "--epochs", 2))
+    done = run_main(*arguments(place, *options, "--epochs", 3), check=0 if freeze == 2 else 2)
+    assert ("--epochs 2 there, 3 here" in done.stderr) == (freeze != 2)
 
 
 def test_unnamed_runs_never_share_a_folder(place, tmp_path):
@@ -303,6 +347,7 @@ def test_long_epochs_are_saved_inside(place):
     saved = [load(folder, name) for name in ("checkpoint.pth.tar", "checkpoint.previous.pth.tar") if (folder / name).exists()]
     inside = [content["step"] for content in saved if content["step"]]
     assert inside  # of two checkpoints in a row at most one is that of a whole epoch
+    assert all(content["seconds"] > 0 for content in saved if content["step"])
     again = start_main(*options, stdout=subprocess.PIPE)
     line = again.stdout.readline()
     again.terminate()
@@ -364,6 +409,35 @@ def test_a_run_that_nobody_listens_to_goes_on(place):
     assert said.splitlines()[-1].endswith("%")
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_closes(place, nohup):
+    """It sends SIGHUP, which saves and ends the run; under ``nohup`` the run goes on, and what it writes there fails."""
+    folder = place["results"] / f"terminal_{nohup}"
+    options = arguments(place, "--save", folder.name, "--epochs", 3, "--lr", "0.01", "--batch-size", 4, "--print-freq", 1)
+    ours, its = pty.openpty()
+    os.set_blocking(ours, False)
+
+    def take_the_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    terminal = {"stdin": its, "stdout": its, "stderr": its, "start_new_session": True, "preexec_fn": take_the_terminal}
+    process = start_main(*options, python=sys.executable, **terminal)
+    os.close(its)
+    log = folder / "log.txt"
+
+    def well_on() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 65536)  # or the run waits for its reader
+        return log.exists() and "epoch 1/3, step 3/20" in log.read_text()
+
+    until(well_on, process)
+    os.close(ours)
+    assert process.wait(timeout=PATIENCE) == (0 if nohup else 128 + signal.SIGHUP)
+    saved = load(folder)
+    assert (saved["epoch"], saved["step"]) >= ((3, 0) if nohup else (0, 3))
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(place):
     options = arguments(place, "--save", "damaged", "--epochs", 4, "--lr", "0.01")
     run_main(*options)
@@ -378,6 +452,19 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(place):
     assert "continuing in epoch 4" in done.stdout
     again = load(folder)["state_dict"]
     assert all(torch.equal(good[name], again[name]) for name in good)
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_good_one(place):
+    """The one before, which the run goes on from, stays until there are two good ones."""
+    options = arguments(place, "--save", "damaged_then", "--epochs", 3, "--lr", "0.01")
+    run_main(*options)
+    folder = place["results"] / "damaged_then"
+    latest, previous = folder / "checkpoint.pth.tar", folder / "checkpoint.previous.pth.tar"
+    whole = previous.read_bytes()
+    latest.write_bytes(latest.read_bytes()[:5000])
+    assert "continuing in epoch 3" in run_main(*options).stdout
+    assert previous.read_bytes() == whole
+    assert load(folder)["epoch"] == 3
 
 
 def test_a_run_without_a_readable_checkpoint_is_not_begun_anew_in_silence(place):

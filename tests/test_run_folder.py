@@ -76,10 +76,18 @@ def test_the_precision_belongs_to_the_run(train, monkeypatch):
 
 
 class Peers(Processes):
-    """Others decide for fp32, and against compiling."""
+    """Others decide for fp32, and against compiling, which they could."""
+
+    unable = 0
 
     def largest(self, *numbers: int) -> list[int]:
-        return [1 for _ in numbers]
+        return [1, 1, self.unable]
+
+
+class WithoutCompiler(Peers):
+    """Others that could not."""
+
+    unable = 1
 
 
 def test_all_processes_compute_alike():
@@ -90,6 +98,7 @@ def test_all_processes_compute_alike():
     before = {"precision": "bf16", "compile": "on", "place": "a CPU"}
     precision, computed, _ = computing.decide(native, True, asked, "a CPU", before, Peers())
     assert (precision.name, computed["precision"], computed["compile"]) == ("bf16", "bf16", "on")
+    assert computing.decide(native, True, asked, "a CPU", before, WithoutCompiler())[1]["compile"] == "off"
 
 
 def test_another_machine_is_said(train):
@@ -112,6 +121,27 @@ def test_another_compile_is_said(train):
     for epochs, warned in ((2, ["--compile on before, --compile off now: sums round differently"]), (3, [])):
         facts = train("run", "--epochs", epochs, "--compile", "off").facts()["continued"][-1]
         assert (facts["compiled"], facts["warnings"]) == (False, warned)
+
+
+def test_a_compiled_run_goes_on_where_there_is_no_compiler(train, monkeypatch):
+    train("run")
+    path = Path("results/run/checkpoint.pth.tar")
+    content = torch.load(path, weights_only=True)
+    content["computed"] |= {"compile": "on"}
+    torch.save(content, path)
+    monkeypatch.setenv("CXX", "no-compiler")
+    again = train("run", "--epochs", 2)
+    assert again.status == 0, again.err
+    facts = again.facts()["continued"][-1]
+    assert (facts["compiled"], facts["warnings"]) == (False, ["--compile on before, --compile off now: sums round differently"])
+
+
+def test_gpus_that_are_not_there_are_said_before_anything_starts(train, monkeypatch):
+    monkeypatch.setattr("utils.count_gpus", lambda device: 2)
+    monkeypatch.setattr(main_binary_reg, "launch", lambda command, count: pytest.fail("started"))
+    done = train("run", "--gpus", "0,5")
+    assert (done.status, done.err) == (2, "main_binary_reg.py: error: --gpus 5: this machine has the GPUs 0 to 1\n")
+    assert not done.folder.exists()
 
 
 @pytest.mark.parametrize("older", [False, True])
@@ -194,6 +224,12 @@ def test_a_line_that_the_terminal_does_not_take_is_in_the_file_and_among_the_war
     assert log_module.warnings_so_far() == ["before the file", "in the file"]
 
 
+def test_a_run_without_standard_error(train, monkeypatch):
+    """Closed by ``2>&-``: Python has none then."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train("run").status == 0
+
+
 def test_an_unfinished_warm_start_is_said(train):
     train("fp")
     path = Path("results/fp/args.json")
@@ -239,6 +275,24 @@ def test_a_fault_of_the_program_is_no_full_disk(train, monkeypatch):
 
 
 # What it may be continued with.
+
+
+def test_a_process_that_dies_at_the_end_of_an_epoch_leaves_its_copy(train, monkeypatch):
+    """Once the run has an epoch behind it, nothing would make the copy that ``--save_all`` keeps of it."""
+    train("run", "--save_all")
+    replace = os.replace
+
+    def replace_and_die(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).name == checkpoints.LATEST:
+            raise OSError(errno.EIO, "the machine is gone")
+
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "replace", replace_and_die)
+        assert train("run", "--save_all", "--epochs", 2).status == 1
+    done = train("run", "--save_all", "--epochs", 2)
+    assert "complete" in done.out
+    assert done.checkpoint("checkpoint_epoch_2.pth.tar")["epoch"] == 2
 
 
 def test_what_changes_no_number_may_change(train, tiny_data):

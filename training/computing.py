@@ -81,12 +81,20 @@ def select_compile(requested: str, device: torch.device, steps: int) -> bool:
     Raises:
         UsageError: if ``on`` is asked for on a CPU without a C++ compiler.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if requested == "on" and device.type == "cpu" and not shutil.which(compiler):
-        raise UsageError(f"--compile on: the C++ compiler {compiler} is not there; install one, or use --compile off")
+    if requested == "on" and not _can_compile(device.type):
+        raise UsageError(f"--compile on: the C++ compiler {_compiler()} is not there; install one, or use --compile off")
     return requested == "on" or (
-        requested == "auto" and device.type == "cpu" and steps >= COMPILE_PAYS_OFF and shutil.which(compiler) is not None
+        requested == "auto" and device.type == "cpu" and steps >= COMPILE_PAYS_OFF and _can_compile(device.type)
     )
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "g++")
+
+
+def _can_compile(device_type: str) -> bool:
+    """Whether there is what compiling takes: on a CPU a C++ compiler."""
+    return device_type != "cpu" or shutil.which(_compiler()) is not None
 
 
 def decide(
@@ -105,7 +113,8 @@ def decide(
         The precision; ``precision``, ``compile`` (on or off), ``steps`` (captured or plain), ``device`` (its type), ``place`` and
         ``processes``, which belong to the checkpoint; and the warnings.
     """
-    exact, eager = processes.largest(int(precision.name == "fp32"), int(not compiled))
+    unable = not _can_compile(precision.device_type)
+    exact, eager, unable = processes.largest(int(precision.name == "fp32"), int(not compiled), int(unable))
     warnings = []
     if args.precision == "auto":
         here = precision.name
@@ -116,7 +125,7 @@ def decide(
             warnings.append(f"continued in {precision.name}, as the run was begun; auto on this machine would be {here}")
     compiled = compiled and not eager
     if args.compile == "auto" and "compile" in before:
-        compiled = before["compile"] == "on"
+        compiled = before["compile"] == "on" and not unable
     computed = {
         "precision": precision.name,
         "compile": "on" if compiled else "off",

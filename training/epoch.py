@@ -112,7 +112,7 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
         )
         clocks = time.perf_counter(), time.process_time()
         with progress:
-            loops.train(state, step, job.sets.train, lambda: between_steps(job, state, progress))
+            loops.train(state, step, job.sets.train, lambda: between_steps(job, state, progress, began))
         if state.epoch == args.start_epoch and job.processes.first and job.device.type == "cpu":
             warn_of_shared_cores(*clocks)
         state.require_finite()  # before it can be the best network
@@ -146,8 +146,11 @@ def warn_of_shared_cores(began: float, worked_before: float) -> None:
         warn(line)
 
 
-def between_steps(job: Job, state: State, progress: loops.Progress) -> None:
-    """Shows the step, ends the process after a signal, and saves inside a long epoch; all processes at the same step."""
+def between_steps(job: Job, state: State, progress: loops.Progress, began: float) -> None:
+    """Shows the step, ends the process after a signal, and saves inside a long epoch; all processes at the same step.
+
+    ``began`` is the time of ``perf_counter`` that the epoch would have begun at, had it not been interrupted.
+    """
     minutes = job.args.checkpoint_minutes
     due = job.processes.first and minutes > 0 and time.monotonic() - job.run.saved_at > 60 * minutes
     number, due = job.processes.largest(job.stop.number, int(due))
@@ -158,6 +161,7 @@ def between_steps(job: Job, state: State, progress: loops.Progress) -> None:
     progress.step()
     job.stop.answer(number)
     if due:
+        state.seconds = time.perf_counter() - began
         job.run.save_checkpoint(state.checkpoint(job.args))
         log.debug(f"saved after step {state.step}")
 

@@ -29,6 +29,9 @@ from utils import UsageError, remove_left_over, write_text, writing
 # What a machine decides where the flag is "auto", and no continuation may change: the checkpoint has what was decided.
 _DECIDED = ("device", "precision")
 
+# Of these the default, typed, may mean something else than the same value untyped: a regime's or a mode's own gives way to it.
+_SAY_MORE_WHERE_TYPED = frozenset({"optimizer", "lr", "momentum", "weight_decay", "reg_rate", "binary_reg"})
+
 
 @dataclass(frozen=True)
 class _Found:
@@ -57,12 +60,14 @@ class Run:
         self._arguments = _comparable(args)
         self._task = task_of(args.dataset)
         self._overwrite, self._typed = args.overwrite, args.typed
+        self._until_the_freeze = args.mode.schedule.every_step
         self._named = args.save is not None
         results = Path(args.results_dir)
         self.folder = results / (args.save or time.strftime("%Y-%m-%d_%H-%M-%S"))
         self.saved_at = time.monotonic()
         self.writes = writes
         self._tb_dir = args.tb_dir
+        self._damaged = False  # the latest checkpoint, in whose place the one before it was taken
         self._lock: int | None = None
         self._log: LogFile | None = None
         _check_writable("--results_dir", self.folder if self._named else results)
@@ -91,14 +96,15 @@ class Run:
         Raises:
             UsageError: if it is a run of other arguments, or none of its checkpoints can be read, and may not be overwritten.
         """
-        old = self._read_arguments()
-        differing = [old] if isinstance(old, str) else self._compare(old)
+        record = self._read_record()
+        differing = [record] if isinstance(record, str) else self._compare(record)
         content, files = None, tuple(map(_stamp, self._checkpoints()))
         if not differing:
             content = before.checkpoint if files == before.files else self._read_checkpoint()
         if content is not None:
             decided = computed_before(content)
-            differing = self._compare({**old, **{name: decided[name] for name in _DECIDED if name in decided}})
+            begun = {**record["arguments"], **{name: decided[name] for name in _DECIDED if name in decided}}
+            differing = self._compare({**record, "arguments": begun})
         if differing and not self._overwrite:
             raise UsageError(
                 f"--save {self.folder.name}: {self.folder} holds a run of other arguments ({'; '.join(differing)}); "
@@ -106,30 +112,44 @@ class Run:
             )
         return _Found(tuple(differing), None if differing else content, files)
 
-    def _read_arguments(self) -> dict[str, Any] | str:
-        """The arguments of the run that is there, none where there is no run; or why they cannot be known."""
+    def _read_record(self) -> dict[str, Any] | str:
+        """What args.json says of the run that is there, no arguments where there is no run; or why it cannot be known."""
         try:
-            return dict(json.loads((self.folder / "args.json").read_text())["arguments"])
+            record = json.loads((self.folder / "args.json").read_text())
+            return {"arguments": dict(record["arguments"]), "typed": record.get("typed")}
         except FileNotFoundError:
-            return "no args.json, but a checkpoint" if self.kept else {}
-        except (ValueError, KeyError, TypeError, OSError):
+            return "no args.json, but a checkpoint" if self.kept else {"arguments": {}, "typed": None}
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
             return "its args.json cannot be read"
 
-    def _compare(self, old: dict[str, Any]) -> list[str]:
+    def _compare(self, record: dict[str, Any]) -> list[str]:
         """In words, where arguments differ in a way that makes another run of it."""
+        old, here = record["arguments"], self._arguments
         if not old:
             return []
         # A flag that is newer than the run counts only where the user typed it.
-        both = sorted((set(old) | (set(self._arguments) & self._typed)) - MAY_CHANGE)
-        differing = [name for name in both if not _agree(name, old.get(name), self._arguments.get(name))]
-        return [f"--{name} {old.get(name)} there, {self._arguments.get(name)} here" for name in differing]
+        both = sorted((set(old) | (set(here) & self._typed)) - MAY_CHANGE)
+        differing = [name for name in both if not _agree(name, old.get(name), here.get(name))]
+        words = [f"--{name} {old.get(name)} there, {here.get(name)} here" for name in differing]
+        typed = record["typed"]
+        if isinstance(typed, list):  # older runs do not say
+            given = {True: "given", False: "not given"}
+            words += [
+                f"--{name} {here[name]} {given[name in typed]} there, {given[name in self._typed]} here"
+                for name in sorted(_SAY_MORE_WHERE_TYPED - set(differing))
+                if (name in typed) != (name in self._typed)
+            ]
+        if self._until_the_freeze and "epochs" not in differing and _end_of_pull(old) != _end_of_pull(here):
+            reason = "up to its last epoch its pull grows, and would begin anew"
+            words.append(f"--epochs {old['epochs']} there, {here['epochs']} here: {reason}")
+        return words
 
     def _checkpoints(self) -> list[Path]:
         return [self.folder / name for name in (checkpoints.LATEST, checkpoints.PREVIOUS) if (self.folder / name).exists()]
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         """The latest checkpoint that can be read; a damaged one is said and passed over. None where the run has none yet."""
-        paths = self._checkpoints()
+        paths, self._damaged = self._checkpoints(), False
         for path in paths:
             try:
                 content = checkpoints.read(path)
@@ -141,6 +161,7 @@ class Run:
                 return content
             except checkpoints.UnreadableCheckpoint as error:
                 warn(f"{error}; looking for an older one")
+                self._damaged = True
         if paths and not self._overwrite:
             raise UsageError(
                 f"--save {self.folder.name}: no checkpoint in {self.folder} can be read; --overwrite starts anew, {self._loss()}"
@@ -236,7 +257,8 @@ class Run:
         if not self.writes:
             return
         facts = {**facts, "warnings": warnings_so_far()}
-        path, content = self.folder / "args.json", {"arguments": self._arguments, **facts}
+        typed = sorted(_SAY_MORE_WHERE_TYPED & self._typed)
+        path, content = self.folder / "args.json", {"arguments": self._arguments, "typed": typed, **facts}
         with writing(path):
             if self.checkpoint is not None and path.exists():
                 first = json.loads(path.read_text())
@@ -284,11 +306,12 @@ class Run:
             latest = self.folder / checkpoints.LATEST
             fresh = self.folder / f"{checkpoints.LATEST}.new"
             checkpoints.save(fresh, content)
-            if latest.exists():
+            if keep:  # before the run has this epoch behind it: a process that dies here makes it once more, and its copy
+                checkpoints.save(self._copy(content["epoch"]), content)
+            if latest.exists() and not self._damaged:  # a damaged one is not to take the place of the only good one
                 os.replace(latest, self.folder / checkpoints.PREVIOUS)
             os.replace(fresh, latest)
-            if keep:
-                checkpoints.save(self._copy(content["epoch"]), content)
+            self._damaged = False
 
     def _copy(self, epoch: int) -> Path:
         return self.folder / f"checkpoint_epoch_{epoch}.pth.tar"
@@ -367,6 +390,12 @@ def _agree(name: str, old: Any, new: Any) -> bool:
     if name == "resume" and isinstance(old, str) and isinstance(new, str):
         return os.path.normpath(old) == os.path.normpath(new)
     return old == new
+
+
+def _end_of_pull(arguments: dict[str, Any]) -> Any:
+    """The epoch that a pull which grows at every step is complete at: the freeze, or else the run's end."""
+    epochs, freeze = arguments.get("epochs"), arguments.get("freeze_epoch")
+    return freeze if isinstance(freeze, int) and isinstance(epochs, int) and 0 <= freeze < epochs else epochs
 
 
 def _stamp(path: Path) -> tuple[str, int, int, int]:

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -17,7 +18,7 @@ from training.computing import Precision
 from training.log import log
 from training.state import Diverged, State
 from training.tasks import Network, Task
-from utils import Meter
+from utils import Meter, stop_signals
 
 Step = Callable[[Tensor, Tensor, float], None]  # inputs, targets, weight
 
@@ -31,7 +32,7 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into ``Interrupted`` at the next step boundary; a second one of the same kind acts at once.
+    """Turns a signal to stop into ``Interrupted`` at the next step boundary; a second one of the same kind acts at once.
 
     Attributes:
         number: of the signal that has come, 0 before.
@@ -39,7 +40,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in stop_signals():
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -58,7 +59,7 @@ class Progress:
     def __init__(self, words: str, batches: Batches, state: State, print_freq: int, shown: bool = True) -> None:
         self._words, self._batches, self._state, self._print_freq = words, batches, state, print_freq
         self._began, self._begun_at = time.perf_counter(), state.step
-        hidden = None if shown else True  # None: where there is no terminal
+        hidden = None if shown and sys.stderr else True  # None: where there is no terminal
         self._bar = tqdm(total=len(batches), initial=state.step, desc=words, unit="step", leave=False, disable=hidden)
 
     def step(self) -> None:

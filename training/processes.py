@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sources.batches import EVERYTHING, Share
-from utils import UsageError
+from utils import UsageError, stop_signals
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def launch(command: Sequence[str], count: int) -> int:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), *command]
     # How long torchrun waits for the processes to save before it kills them: longer than any step should be.
     defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"}
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    signals = stop_signals()
     received: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
