@@ -85,7 +85,7 @@ def facts_of_training(args: Namespace, sets: data.Data, regime: regimes.Regime, 
 
 def train_epoch(job: Job, state: State) -> dict[str, Any]:
     """An epoch's training and validations; returns its row of results."""
-    began = time.perf_counter() - state.seconds
+    began = time.perf_counter() - state.seconds  # when it would have begun, had it never been interrupted
     args, optimizer = job.args, state.optimizer
     settings = regimes.settings_at(job.regime, state.epoch, state.history)
     if args.freeze_epoch != -1 and state.epoch >= args.freeze_epoch and optimizer.projecting:
@@ -95,6 +95,11 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
         set_optimizer(job, state, settings)
     # As DistributedDataParallel does with what the model shows: latent weights may lie elsewhere, and drift on unequal machines.
     job.processes.align(optimizer.latent.values())
+
+    def after_step() -> None:
+        state.seconds = time.perf_counter() - began
+        between_steps(job, state, progress)
+
     try:
         words = f"epoch {state.epoch + 1}/{args.epochs}"
         progress = loops.Progress(words, job.sets.train, state, args.print_freq, shown=job.processes.first)
@@ -112,7 +117,7 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
         )
         clocks = time.perf_counter(), time.process_time()
         with progress:
-            loops.train(state, step, job.sets.train, lambda: between_steps(job, state, progress, began))
+            loops.train(state, step, job.sets.train, after_step)
         if state.epoch == args.start_epoch and job.processes.first and job.device.type == "cpu":
             warn_of_shared_cores(*clocks)
         state.require_finite()  # before it can be the best network
@@ -146,11 +151,8 @@ def warn_of_shared_cores(began: float, worked_before: float) -> None:
         warn(line)
 
 
-def between_steps(job: Job, state: State, progress: loops.Progress, began: float) -> None:
-    """Shows the step, ends the process after a signal, and saves inside a long epoch; all processes at the same step.
-
-    ``began`` is the time of ``perf_counter`` that the epoch would have begun at, had it not been interrupted.
-    """
+def between_steps(job: Job, state: State, progress: loops.Progress) -> None:
+    """Shows the step, ends the process after a signal, and saves inside a long epoch; all processes at the same step."""
     minutes = job.args.checkpoint_minutes
     due = job.processes.first and minutes > 0 and time.monotonic() - job.run.saved_at > 60 * minutes
     number, due = job.processes.largest(job.stop.number, int(due))
@@ -161,7 +163,6 @@ def between_steps(job: Job, state: State, progress: loops.Progress, began: float
     progress.step()
     job.stop.answer(number)
     if due:
-        state.seconds = time.perf_counter() - began
         job.run.save_checkpoint(state.checkpoint(job.args))
         log.debug(f"saved after step {state.step}")
 
