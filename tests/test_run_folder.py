@@ -68,6 +68,7 @@ def test_the_precision_belongs_to_the_run(train, monkeypatch):
     assert again.status == 0, again.err
     assert again.checkpoint()["precision"] == again.checkpoint("model_best.pth.tar")["precision"] == "bf16"
     assert "continued in bf16, as the run was begun; auto on this machine would be fp32" in again.log()
+    assert "bf16 (as the run was begun, by rounding: this CPU has no native bf16)" in again.log()
     assert [facts["precision"] for facts in again.facts()["continued"]] == ["bf16"]
     refused = train("run", "--epochs", 3, "--precision", "fp32")
     assert refused.status == 2

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training import batch_norm
+from training import batch_norm, bf16
 from training.processes import Processes
 from utils import UsageError
 
@@ -32,30 +32,40 @@ class Precision:
         name: ``fp32`` or ``bf16``.
         device_type: ``cpu`` or ``cuda``.
         reason: why it was chosen, in words.
+        by_rounding: whether float32 has to stand in for bf16, see ``training/bf16.py``: on a CPU that has no native bf16.
     """
 
     name: str
     device_type: str
     reason: str = "as asked"
+    by_rounding: bool = False
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context that forward pass and loss run in."""
-        return torch.autocast(self.device_type, torch.bfloat16) if self.name == "bf16" else contextlib.nullcontext()
+        return bf16.autocast(self.device_type, self.by_rounding) if self.name == "bf16" else contextlib.nullcontext()
+
+    @property
+    def in_words(self) -> str:
+        """Name and reason."""
+        rounding = ", by rounding: this CPU has no native bf16" if self.name == "bf16" and self.by_rounding else ""
+        return f"{self.name} ({self.reason}{rounding})"
 
 
 def select_precision(requested: str, device: torch.device, tf32: bool) -> Precision:
     """``fp32``, ``bf16``, or for ``auto`` bf16 where the hardware computes it natively. Without ``tf32``, fp32 is exact on CUDA."""
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    if requested != "auto":
-        return Precision(requested, device.type)
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         reason = "compute capability 8.0 or higher" if native else "compute capability below 8.0"
     else:
         native = bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
         reason = "this CPU computes bf16 natively" if native else "this CPU has no native bf16"
-    return Precision("bf16" if native else "fp32", device.type, reason)
+    if requested == "auto":
+        requested = "bf16" if native else "fp32"
+    else:
+        reason = "as asked"
+    return Precision(requested, device.type, reason, by_rounding=device.type == "cpu" and not native)
 
 
 def _cpu_flags() -> set[str]:
