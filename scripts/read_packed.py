@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import math
+import signal
 import sys
 import zlib
 from pathlib import Path
@@ -40,10 +41,11 @@ def read_one(data: io.BytesIO, dtype: str, shape: list[int], levels: str = "", *
 
 def read(path: str) -> dict[str, np.ndarray]:
     content, tensors = Path(path).read_bytes(), {}
+    if len(content) < 12 or zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "little"):
+        raise ValueError(f"{path}: damaged, or no packed network")
     start = 8 + int.from_bytes(content[:8], "little")
     metadata, data = json.loads(content[8:start])["__metadata__"], io.BytesIO(content[start:-4])
     assert metadata["proxquant"] == "2", metadata["proxquant"]
-    assert zlib.crc32(content[:-4]) == int.from_bytes(content[-4:], "little"), "damaged"
     for line in filter(None, metadata["tensors"].split("\n")):
         kind, sides, lasts, *layers = line.split(" ")
         (dtype, *coded), shape = kind.split("/"), [int(side) for side in sides.split(",") if side != "-"]
@@ -55,5 +57,12 @@ def read(path: str) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    for name, tensor in read(sys.argv[1]).items():
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # under `| head` the end of it is no error
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        found = read(sys.argv[1])
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    for name, tensor in found.items():
         print(f"{name:40} {tensor.dtype!s:8} {list(tensor.shape)}")

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 import tracemalloc
 import zlib
@@ -90,6 +91,21 @@ def test_the_numpy_reader_agrees(tmp_path_factory, w, other):
         assert found[name].dtype == expected.dtype
         assert np.array_equal(found[name], expected), name
         assert np.array_equal(np.signbit(found[name]), np.signbit(expected)), name
+
+
+def test_the_numpy_reader_on_the_command_line(tmp_path):
+    path = tmp_path / "network.safetensors"
+    state = {f"layers.{number}.a.weight": torch.ones(number + 1) for number in range(2000)}
+    path.write_bytes(packing.pack(state, [], "prox"))
+    command = f"set -o pipefail; {sys.executable} {read_packed.__file__} {path}"
+    listed = subprocess.run(["bash", "-c", f"{command} | head -1"], capture_output=True, text=True)
+    assert listed.stdout.split() == ["layers.0.a.weight", "float32", "[1]"]
+    assert listed.stderr == ""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    refused = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (refused.returncode, refused.stderr) == (1, f"error: {path}: damaged, or no packed network\n")
 
 
 WORDS = st.text(st.sampled_from([*"ab0|% \n/-,~é\u4e2d", "|", " "]), max_size=3)

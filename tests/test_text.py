@@ -417,6 +417,9 @@ def test_another_vocabulary_than_the_checkpoints(bad, tmp_path):
     done = run_main(*command, check=2)  # the text has changed under the run
     assert "vocabulary" in done.stderr or "not in the training text" in done.stderr
     assert (run / "checkpoint.pth.tar").stat().st_mtime_ns == before
+    content = torch.load(run / "model_best.pth.tar", weights_only=True)
+    torch.save({**content, "words": [["a"], {}]}, tmp_path / "odd.pth.tar")
+    assert "what it has for words are none" in bad("--evaluate", tmp_path / "odd.pth.tar")
 
 
 def test_a_text_is_for_one_process(bad, monkeypatch):

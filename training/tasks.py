@@ -303,6 +303,7 @@ def check_words(content: Mapping[str, Any], words: Sequence[str], place: object)
     """Raises UsageError where a checkpoint is of another vocabulary than this run's text; one of no text is left to others."""
     theirs = content.get("words")
     if words and isinstance(theirs, list):
-        difference = same_words(words, theirs)
+        texts = all(isinstance(word, str) for word in theirs)
+        difference = same_words(words, theirs) if texts else "what it has for words are none"
         if difference:
             raise UsageError(f"{place}: a network of another vocabulary than this text's: {difference}")
