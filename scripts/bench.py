@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -78,14 +79,14 @@ def shares(setting: Setting, mode_name: str, count: int) -> dict[str, float]:
 
 
 def validation_rate(setting: Setting, count: int) -> float:
-    """Validation images a second."""
+    """Validation images a second, in the median of so many validations after a first one."""
     images, model = batches.ValidationBatches(setting.split, setting.device), setting.network()
     rates = []
-    for _ in range(count):
+    for _ in range(count + 1):
         began = time.perf_counter()
         loops.validate(IMAGES, model, images, utils.Meter(setting.device), setting.precision)
         rates.append(images.samples / (time.perf_counter() - began))
-    return statistics.median(rates)
+    return statistics.median(rates[1:])
 
 
 def projection_against_tensors(setting: Setting, mode_name: str, tensors: int, count: int) -> float:
@@ -99,11 +100,8 @@ def projection_against_tensors(setting: Setting, mode_name: str, tensors: int, c
 
 
 def figures(seconds: list[float], batch_size: int) -> dict[str, float]:
-    low, middle, high = (
-        statistics.quantiles(seconds, n=10)[0],
-        statistics.median(seconds),
-        statistics.quantiles(seconds, n=10)[-1],
-    )
+    tenths = statistics.quantiles(seconds, n=10, method="inclusive")
+    low, middle, high = tenths[0], statistics.median(seconds), tenths[-1]
     return {
         "ms": 1000 * middle,
         "ms_p10": 1000 * low,
@@ -220,8 +218,13 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--only", choices=ONLY, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
     computing.keep_freed_memory()
-    device, _ = utils.select_device(args.device, [0], gpus_typed=False)
+    try:
+        device, _ = utils.select_device(args.device, [0], gpus_typed=False)
+    except utils.UsageError as error:
+        parser.error(str(error))
     if args.only:
         ONLY[args.only](device, args.precision)
         return
@@ -232,32 +235,30 @@ def main() -> None:
     print(f"{name}; torch {torch.__version__}; auto precision is {auto}")
 
     rounds, block, count = (4, 2, 6) if args.quick else (12, 4, 20)
+
+    def measured(name: str, value: Any) -> None:
+        found[name] = value
+        if args.json:  # after each: what stops the next does not take it back
+            utils.write_text(args.json, json.dumps(found, indent=2) + "\n")
+
     if args.projection:
-        found["projection"] = report_projection(device, count, args.largest)
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=2) + "\n")
+        measured("projection", report_projection(device, count, args.largest))
         return
     if args.packed:
-        found["packed"] = report_packed(Setting(device, "fp32"), count)
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=2) + "\n")
+        measured("packed", report_packed(Setting(device, "fp32"), count))
         return
     if args.task == "text":
-        found["speed"] = report_language_model(device, precisions, rounds, block)
-        if args.json:
-            args.json.write_text(json.dumps(found, indent=2) + "\n")
+        measured("speed", report_language_model(device, precisions, rounds, block))
         return
-    found["speed"] = report_speed(device, precisions, rounds, block, args.compile)
+    measured("speed", report_speed(device, precisions, rounds, block, args.compile))
     setting = Setting(device, auto)
-    found["shares_ms"] = report_shares(setting, count)
-    found["validation_images_per_second"] = validation_rate(setting, 1 if args.quick else 5)
+    measured("shares_ms", report_shares(setting, count))
+    measured("validation_images_per_second", validation_rate(setting, 1 if args.quick else 5))
     print(f"\nvalidation: {found['validation_images_per_second']:.0f} images/s ({auto})")
-    found["growth_ms"] = report_growth(device, auto, count)
-    found["images_per_second_together"] = report_together(device, auto)
-    found["peak_memory_gb"] = peak_memory(args.device, auto)
+    measured("growth_ms", report_growth(device, auto, count))
+    measured("images_per_second_together", report_together(device, auto))
+    measured("peak_memory_gb", peak_memory(args.device, auto))
     print(f"\npeak resident memory, 50,000 training images: {found['peak_memory_gb']:.2f} GB ({auto})")
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _cpu_name() -> str:

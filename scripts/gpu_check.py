@@ -2,8 +2,9 @@
 
     python scripts/gpu_check.py [--out DIR] [--parts tests,bench] [--limits bench=900] [--dataset cifar10] [--data_dir DIR]
 
-No part stops the next: each has commands of its own and a limit in seconds, and its output is in PART.out. Without a GPU each does
-what the CPU can, shortly. Exit status 0 if every part passed.
+No part stops the next: each has commands of its own and a limit in seconds, and its output is in PART.out. Figures come first, for
+machines that are lent for minutes; given again with other --parts, it adds to what DIR has. Without a GPU each part does what the
+CPU can, shortly. Exit status 0 if every part passed.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import csv
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,12 +38,14 @@ class Part:
         commands: run one after the other; the first that fails ends the part.
         limit: seconds for all of them.
         environment: variables set for them.
+        leaves: what they leave in the folder, to be removed before: what is found there later is theirs.
     """
 
     title: str
     commands: list[list[str]]
     limit: float
     environment: dict[str, str] = field(default_factory=dict)
+    leaves: tuple[str, ...] = ()
 
 
 def parts(out: Path, gpu: bool, dataset: str, data_dir: str) -> dict[str, Part]:
@@ -55,21 +59,37 @@ def parts(out: Path, gpu: bool, dataset: str, data_dir: str) -> dict[str, Part]:
     study = {"SCHEDULE": "short", "DATASET": dataset, "DATA_DIR": data_dir, "PYTHON": sys.executable, "TB_DIR": str(out / "tb")}
     study |= {"RESULTS_DIR": str(out / "study"), "METHODS": "bc pq_binary", "REGIMES": "published"}
     study |= {"SEEDS": "0 1", "RUNS_PER_GPU": "2"} if gpu else {"SEEDS": "0", "DEPTHS": "8", "SHORTER": "100"}
-    captured = "captured_steps" if gpu else "captured_steps and not gpu and Adam"
+    captured = ["-m", "gpu", "-k", "captured_steps"] if gpu else ["-k", "captured_steps and not gpu and Adam"]
     return {
-        "tests": Part("tests marked for a GPU", [[*PYTEST, "-m", "gpu", "-k", "not captured_steps", "tests"]], 300),
-        "captured": Part("captured step against the plain one", [[*PYTEST, "-k", captured, "tests/test_captured.py"]], 400),
+        "epoch": Part("seconds of an epoch", [[*run, *QUANTIZED, *epochs, "epoch"]], 300, leaves=("epoch",)),
+        "capture": Part(
+            "seconds of an epoch with --capture",
+            [[*run, *QUANTIZED, *epochs, "capture", "--capture"]],
+            300,
+            leaves=("capture",),
+        ),
+        "bench": Part(
+            "step against its floor; runs at once",
+            [[*bench, "--json", str(out / "bench.json")]],
+            600,
+            leaves=("bench.json",),
+        ),
+        "text": Part(
+            "the same of the language model",
+            [[*bench, "--task", "text", "--json", str(out / "text.json")]],
+            300,
+            leaves=("text.json",),
+        ),
         "repeat": Part(
             "--deterministic, twice the same bits",
             [[*repeat, "--save", "repeat-1"], [*repeat, "--save", "repeat-2"], compare],
             300,
+            leaves=("repeat-1", "repeat-2"),
         ),
-        "bench": Part("step against its floor; runs at once", [[*bench, "--json", str(out / "bench.json")]], 600),
-        "text": Part("the same of the language model", [[*bench, "--task", "text", "--json", str(out / "text.json")]], 300),
-        "epoch": Part("seconds of an epoch", [[*run, *QUANTIZED, *epochs, "epoch"]], 300),
-        "capture": Part("seconds of an epoch with --capture", [[*run, *QUANTIZED, *epochs, "capture", "--capture"]], 300),
-        "study": Part("a short study", [[str(ROOT / "scripts" / "reproduce.sh")]], 900, study),
-    }  # fmt: skip
+        "captured": Part("captured step against the plain one", [[*PYTEST, *captured, "tests/test_captured.py"]], 400),
+        "tests": Part("tests marked for a GPU", [[*PYTEST, "-m", "gpu", "-k", "not captured_steps", "tests"]], 300),
+        "study": Part("a short study", [[str(ROOT / "scripts" / "reproduce.sh")]], 900, study, leaves=("study", "tb")),
+    }
 
 
 def carry_out(part: Part, output: Path) -> tuple[str, float]:
@@ -78,7 +98,8 @@ def carry_out(part: Part, output: Path) -> tuple[str, float]:
     with open(output, "w") as file:
         for command in part.commands:
             settings = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": ROOT, "start_new_session": True}
-            process = subprocess.Popen(command, env={**os.environ, **part.environment}, **settings)
+            unbuffered = {"PYTHONUNBUFFERED": "1"}  # what was said before a limit is to be read
+            process = subprocess.Popen(command, env={**os.environ, **unbuffered, **part.environment}, **settings)
             try:
                 status = process.wait(max(0.0, part.limit - (time.monotonic() - began)))
             except subprocess.TimeoutExpired:
@@ -90,6 +111,13 @@ def carry_out(part: Part, output: Path) -> tuple[str, float]:
     return "passed", time.monotonic() - began
 
 
+def remove(path: Path) -> None:
+    """Removes a file or a folder, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
 def end_group(process: subprocess.Popen) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -99,7 +127,7 @@ def end_group(process: subprocess.Popen) -> None:
 
 
 def figures(name: str, out: Path) -> Any:
-    """What a part has measured, where it left figures."""
+    """What a part has measured, where it left figures, also one that did not come to its end."""
     if (measured := out / f"{name}.json").exists():
         return json.loads(measured.read_text())
     if (table := out / name / "results.csv").exists():
@@ -114,6 +142,15 @@ def compare(one: Path, other: Path) -> int:
     differing = [name for name, value in first.items() if not torch.equal(value, second[name])]
     print(f"{len(differing)} of {len(first)} tensors differ {' '.join(differing)}")
     return 1 if differing else 0
+
+
+def measured_before(out: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """The parts of an earlier call on this machine with these versions; none where it was another."""
+    try:
+        before = json.loads((out / "gpu_check.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return before["parts"] if {**before["machine"], "date": here["date"]} == here else {}
 
 
 def machine() -> dict[str, Any]:
@@ -136,7 +173,7 @@ def main() -> int:
     out, gpu = args.out.resolve(), torch.cuda.is_available()
     known = parts(out, gpu, args.dataset, str(Path(args.data_dir).resolve()))
     chosen = args.parts.split(",") if args.parts else list(known)
-    limits = dict(word.split("=", 1) for word in args.limits.split(",") if "=" in word)
+    limits = {name: limit for name, _, limit in (word.partition("=") for word in args.limits.split(",") if word)}
     for name in (*chosen, *limits):
         if name not in known:
             parser.error(f"there is no part {name}: {', '.join(known)} are accepted")
@@ -144,7 +181,10 @@ def main() -> int:
         if not limit.isdecimal():
             parser.error(f"--limits {name}={limit}: whole seconds are needed")
     out.mkdir(parents=True, exist_ok=True)
-    summary: dict[str, Any] = {"machine": machine(), "parts": {}}
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what runs ends with this process
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    here = machine()
+    summary: dict[str, Any] = {"machine": here, "parts": measured_before(out, here) if args.parts else {}}
     print(", ".join(summary["machine"]["gpus"]) or "no GPU here: each part does what the CPU can, shortly", flush=True)
     for name in chosen:
         part = replace(known[name], limit=float(limits.get(name, known[name].limit)))
@@ -152,15 +192,17 @@ def main() -> int:
             ended, seconds = "left out: needs a GPU", 0.0
         else:
             print(f"{name}: {part.title}, at most {part.limit:g} s ...", flush=True)
+            for left in part.leaves:
+                remove(out / left)
             ended, seconds = carry_out(part, out / f"{name}.out")
-        measured = figures(name, out) if ended == "passed" else None
+        measured = figures(name, out)
         summary["parts"][name] = {"title": part.title, "ended": ended, "seconds": round(seconds, 1), "figures": measured}
         (out / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")  # after each: what was measured stays
     print(f"\n{'part':10}{'':48}{'seconds':>9}  ended")
     for name, row in summary["parts"].items():
         print(f"{name:10}{row['title']:48}{row['seconds']:>9.1f}  {row['ended']}")
     print(f"\nfigures: {out / 'gpu_check.json'}; what each part said: {out}/PART.out")
-    return 0 if all(row["ended"].startswith(("passed", "left out")) for row in summary["parts"].values()) else 1
+    return 0 if all(summary["parts"][name]["ended"].startswith(("passed", "left out")) for name in chosen) else 1
 
 
 if __name__ == "__main__":

@@ -163,8 +163,11 @@ def run_broken(
         if aimed:
             moments = MOMENTS[:1] if KINDS[kind].uses else MOMENTS
             kill(job, kind, run, chance.choice(moments), longest, 0.0 if start is jobs.Forked else 0.3, chance)
-        status = job.wait()
-        if status == -9:
+        status = job.wait(60 + 10 * longest)
+        if status is None:
+            job.kill()
+            raise RuntimeError(f"{run.name} hangs: {10 * longest + 60:.0f} s were not enough, see {output_of(run)}")
+        if status == -9 and aimed:
             killed[moment_of(kind, run, job.pids)] += 1
         elif status == 0:
             return killed
@@ -187,7 +190,8 @@ def kill(job: jobs.Job, kind: str, run: Path, moment: str, longest: float, first
         time.sleep(0.0002)
     if moment == "in an evaluation":
         time.sleep(chance.uniform(0, 0.05))
-    job.kill(chance.choice([None, *range(len(job.pids))]))
+    if job.wait(0) is None:
+        job.kill(chance.choice([None, *range(len(job.pids))]))
 
 
 def differences(kind: str, whole: Path, broken: Path) -> list[str]:
@@ -214,6 +218,12 @@ def main() -> int:
     kinds = args.kinds.split(",")
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         parser.error(f"--kinds {unknown[0]}: {', '.join(KINDS)} are accepted")
+    if args.each < 1:
+        parser.error(f"--each {args.each}: a whole number from 1 up is needed")
+    if args.folder and args.folder.exists() and any(args.folder.iterdir()):
+        parser.error(
+            f"--folder {args.folder}: a new or an empty folder is needed, so that no run of another soak is taken for one of this"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

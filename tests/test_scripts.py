@@ -5,12 +5,14 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -27,7 +29,9 @@ from training import arguments, regimes
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import soak
 import study
+from soaking import jobs
 
 SCRIPTS = {
     "train-cifar10-fp.sh": "resnet8",
@@ -237,12 +241,92 @@ def test_the_check_of_a_gpu_goes_on_after_what_takes_too_long(tiny_data, tmp_pat
     assert ended == {"bench": "over 1 s", "capture": "left out: needs a GPU", "repeat": "passed"}
     assert found["machine"]["gpus"] == []
     assert all(words in done.stdout for words in ended.values())
+    summary = (tmp_path / "gpu_check.json").read_text()
+    (tmp_path / "epoch").mkdir()  # what an earlier call has left is none of this one's
+    (tmp_path / "epoch" / "results.csv").write_text("epoch,seconds\n1,0.001\n")
+    command[command.index("--parts") + 1 : command.index("--parts") + 4] = ["epoch", "--limits", "epoch=0"]
+    assert subprocess.run(command, capture_output=True, timeout=PATIENCE, env=settings).returncode == 1
+    again = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
+    assert {name: again[name] for name in found["parts"]} == json.loads(summary)["parts"]
+    assert (again["epoch"]["ended"], again["epoch"]["figures"]) == ("over 0 s", None)
     one, other = tmp_path / "repeat-1", tmp_path / "repeat-2"
     content = torch.load(other / "checkpoint.pth.tar", weights_only=True)
     next(iter(content["state_dict"].values())).add_(1)
     torch.save(content, other / "checkpoint.pth.tar")
     again = [sys.executable, ROOT / "scripts" / "gpu_check.py", "--compare", one, other]
     assert subprocess.run(again, capture_output=True, timeout=PATIENCE).returncode == 1
+
+
+def test_what_checks_a_gpu_ends_with_what_it_started(tiny_data, tmp_path):
+    """The device's own limit sends SIGTERM; a part that ran on would slow down whatever is measured next."""
+    command = [sys.executable, ROOT / "scripts" / "gpu_check.py", "--out", tmp_path, "--parts", "epoch"]
+    command += ["--dataset", "cifar10", "--data_dir", tiny_data]
+    process = subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL)
+    until((tmp_path / "epoch.out").exists, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    until(lambda: children.read_text().strip(), process)
+    child = int(children.read_text().split()[0])
+    process.terminate()
+    assert process.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        ("gpu_check.py", ("--limits", "bench"), "--limits bench="),
+        ("gpu_check.py", ("--limits", "bench:9"), "there is no part bench:9"),
+        ("soak.py", ("--each", "0"), "--each 0"),
+        ("soak.py", ("--folder", ROOT / "docs"), "--folder"),
+        ("bench.py", ("--json", "nowhere/figures.json"), "--json nowhere/figures.json"),
+        ("bench.py", ("--device", "cuda"), "--device cuda"),
+    ],
+)
+def test_wrong_flags_of_the_measuring_scripts(script, words, said):
+    command = [sys.executable, ROOT / "scripts" / script, *words]
+    settings = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=settings)
+    assert done.returncode == 2
+    assert said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_soak_kills_nothing_that_has_ended_meanwhile(tmp_path):
+    class Job:
+        pids = (1,)
+        ended = iter([None, 0, 0])
+
+        def wait(self, seconds: float | None = None) -> int | None:
+            return next(self.ended)
+
+        def kill(self, which: int | None = None) -> None:
+            pytest.fail("killed")
+
+    soak.kill(Job(), "lazy", tmp_path, "inside a write", 1.0, 0.3, random.Random(0))
+
+
+def test_the_soak_kills_the_workers_with_torchrun(tmp_path):
+    """They have sessions of their own, and would train on in the folder that the next process needs."""
+    script = tmp_path / "script.py"
+    script.write_text("import os, pathlib, time\npathlib.Path(__file__).with_name(os.environ['RANK']).touch()\ntime.sleep(600)\n")
+    job = jobs.Started(script, [], tmp_path / "out", count=2)
+    until(lambda: (tmp_path / "0").exists() and (tmp_path / "1").exists(), job._process)
+    _, *workers = job.pids
+    assert len(workers) == 2
+    job.kill()
+    assert job.wait() == -9
+    deadline = time.monotonic() + PATIENCE
+    while any(map(runs, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_short_soak():

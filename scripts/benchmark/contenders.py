@@ -91,9 +91,8 @@ def conventional(setting: Setting) -> Step:
             return self.transform(Image.fromarray(setting.split.images[index])), int(setting.split.labels[index])
 
     workers = 0 if setting.device.type == "cpu" else min(8, os.cpu_count() or 1)
-    loader = DataLoader(
-        Images(), setting.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0
-    )
+    kept = {"persistent_workers": True, "multiprocessing_context": "fork"} if workers else {}
+    loader = DataLoader(Images(), setting.batch_size, shuffle=True, drop_last=True, num_workers=workers, **kept)
 
     def endless() -> Iterator[tuple[Tensor, Tensor]]:
         while True:

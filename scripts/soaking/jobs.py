@@ -3,6 +3,7 @@
 A fork has torch imported already, which is most of what a start costs; the script's own ``main`` runs in it as in any process.
 """
 
+import contextlib
 import importlib
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 class Job(Protocol):
     """Attributes:
-    pids: of the processes that run the script (of those that torchrun starts, torchrun's own).
+    pids: of the processes that run the script, as far as they have been started; torchrun's own before those that it starts.
     """
 
     pids: list[int]
@@ -44,7 +45,13 @@ class Started:
         with open(output, "a") as file:
             command = [sys.executable, *several, str(script), *words]
             self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        self.pids = [self._process.pid]
+        self._workers: list[int] = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Also of workers that have ended: what they left bears their numbers."""
+        self._workers += [pid for pid in _children(self._process.pid) if pid not in self._workers]
+        return [self._process.pid, *self._workers]
 
     def wait(self, seconds: float | None = None) -> int | None:
         try:
@@ -53,7 +60,11 @@ class Started:
             return None
 
     def kill(self, which: int | None = None) -> None:
-        os.killpg(self._process.pid, signal.SIGKILL)
+        # Torchrun's workers have sessions of their own, and outlive it. Held still, it starts no more of them meanwhile.
+        os.kill(self._process.pid, signal.SIGSTOP)
+        for pid in reversed(self.pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 class Forked:
@@ -85,11 +96,20 @@ class Forked:
                 process.kill()
         for process in self._all:
             process.join()
-        return min(failed or [process.exitcode for process in self._all])
+        ended = [process.exitcode for process in self._all]
+        return min(failed or [status for status in ended if status] or [0])
 
     def kill(self, which: int | None = None) -> None:
         for process in self._all if which is None else [self._all[which]]:
             process.kill()
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for tasks in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            found += map(int, tasks.read_text().split())
+    return found
 
 
 def _run(script: Path, words: list[str], output: Path, environment: dict[str, str]) -> None:
