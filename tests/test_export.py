@@ -89,6 +89,7 @@ def test_recalibrated_statistics_are_in_the_file(tmp_path, tiny_data, capsys):
     of_file = dict(re.findall(r"^(.*): (loss .*)$", said.split(f"{tmp_path / 'file'}: resnet")[1], re.MULTILINE))
     again = figures["hard-quantized, BatchNorm's statistics from 3 training batches"]
     assert again == of_file["as it is"] == of_file["hard-quantized"] != figures["hard-quantized"]
+    assert figures["as it is, BatchNorm's statistics from 3 training batches"] not in (again, figures["as it is"])
     assert quantize.load_packed(tmp_path / "file")["bn1.num_batches_tracked"] == 3
 
 

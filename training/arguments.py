@@ -266,8 +266,8 @@ def build_parser(
         help="print plain and hard-quantized loss and errors of a checkpoint file, a packed one or a run's folder, and "
         "stop")  # fmt: skip
     add("--recalibrate", type=_COUNT_OR_ZERO, default=0, metavar="N",
-        help="with --evaluate: also with BatchNorm's statistics re-estimated for the hard-quantized network, from N training "
-        "batches (default: 0)")  # fmt: skip
+        help="with --evaluate: also with BatchNorm's statistics re-estimated from N training batches, of the quantized network as "
+        "it is and hard-quantized (default: 0)")  # fmt: skip
 
     add = parser.add_argument_group("results").add_argument
     add("--results_dir", type=_path, default="./results", metavar="DIR", help="folder of all runs (default: ./results)")

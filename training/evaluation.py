@@ -1,6 +1,7 @@
 """Evaluation of a checkpoint, as it is and hard-quantized; and what it shares with a run: the data and the network."""
 
 import ast
+import copy
 import functools
 import itertools
 from argparse import Namespace
@@ -83,21 +84,25 @@ def evaluate(args: Namespace) -> int:
     log.info(f"{path}: {kept.model} {kept.config} on {source}, projection mode {mode.name}")
     task = tasks.task_of(kept.dataset)
 
-    def say(words: str) -> None:
+    def say(words: str, network: nn.Module) -> None:
         for batches, split in ((sets.validation, ""), (sets.test, ", test")):
             if batches is not None:
-                figures = loops.validate(task, model, batches, task.meter(device), precision)
+                figures = loops.validate(task, network, batches, task.meter(device), precision)
                 log.info(f"{words}{split}: {task.evaluation_in_words(figures)}")
+
+    def say_all(words: str) -> None:
+        say(words, model)
+        if args.recalibrate:
+            again = copy.deepcopy(model)
+            recalibrate(again, sets, precision, args.recalibrate)
+            say(f"{words}, BatchNorm's statistics from {args.recalibrate} training batches", again)
 
     if args.recalibrate and not mode.projects:
         raise UsageError(f"--recalibrate {args.recalibrate}: {path} is in full precision, nothing changes under its statistics")
-    say("as it is")
+    say_all("as it is")
     if mode.projects:
         hard_quantize(model, mode, kept.content)
-        say("hard-quantized")
-        if args.recalibrate:
-            recalibrate(model, sets, precision, args.recalibrate)
-            say(f"hard-quantized, BatchNorm's statistics from {args.recalibrate} training batches")
+        say_all("hard-quantized")
     return 0
 
 
