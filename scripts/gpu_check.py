@@ -148,15 +148,15 @@ def measured_before(out: Path, here: dict[str, Any]) -> dict[str, Any]:
     """The parts of an earlier call on this machine with these versions; none where it was another."""
     try:
         before = json.loads((out / "gpu_check.json").read_text())
-    except (OSError, ValueError):
+        return before["parts"] if before["machine"] == here else {}
+    except (OSError, ValueError, LookupError, TypeError):
         return {}
-    return before["parts"] if {**before["machine"], "date": here["date"]} == here else {}
 
 
 def machine() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     found = {"gpus": gpus, "cuda": torch.version.cuda, "torch": torch.__version__, "python": platform.python_version()}
-    return {**found, "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
+    return {**found, "cores": os.cpu_count()}
 
 
 def main() -> int:
@@ -196,7 +196,8 @@ def main() -> int:
                 remove(out / left)
             ended, seconds = carry_out(part, out / f"{name}.out")
         measured = figures(name, out)
-        summary["parts"][name] = {"title": part.title, "ended": ended, "seconds": round(seconds, 1), "figures": measured}
+        row = {"title": part.title, "date": time.strftime("%Y-%m-%d"), "ended": ended, "seconds": round(seconds, 1)}
+        summary["parts"][name] = {**row, "figures": measured}
         (out / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")  # after each: what was measured stays
     print(f"\n{'part':10}{'':48}{'seconds':>9}  ended")
     for name, row in summary["parts"].items():

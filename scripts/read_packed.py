@@ -44,8 +44,9 @@ def read(path: str) -> dict[str, np.ndarray]:
     if len(content) < 12 or zlib.crc32(content[:-4]) != int.from_bytes(content[-4:], "little"):
         raise ValueError(f"{path}: damaged, or no packed network")
     start = 8 + int.from_bytes(content[:8], "little")
-    metadata, data = json.loads(content[8:start])["__metadata__"], io.BytesIO(content[start:-4])
-    assert metadata["proxquant"] == "2", metadata["proxquant"]
+    metadata, data = json.loads(content[8:start]).get("__metadata__", {}), io.BytesIO(content[start:-4])
+    if metadata.get("proxquant") != "2":
+        raise ValueError(f"{path}: no packed network of version 2")
     for line in filter(None, metadata["tensors"].split("\n")):
         kind, sides, lasts, *layers = line.split(" ")
         (dtype, *coded), shape = kind.split("/"), [int(side) for side in sides.split(",") if side != "-"]

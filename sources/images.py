@@ -98,7 +98,11 @@ def _read_with_torchvision(class_name: str, folders: tuple[str, ...], data_dir: 
         for root in (data_dir / folder for folder in folders):
             try:
                 return _from_torchvision(dataset(root, train=True), dataset(root, train=False), f"{class_name} in {root}")
+            except MemoryError:
+                raise
             except Exception as error:  # a damaged file can fail in any layer that reads it
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise UsageError(f"--data_dir {data_dir}: {class_name} in {root} cannot be read ({error.strerror})") from None
                 if not (isinstance(error, RuntimeError) and "not found" in str(error)):  # its words for what is not there
                     words = f"--data_dir {data_dir}: {class_name} in {root} is damaged ({_one_line(error)}); remove it"
                     raise UsageError(words) from None

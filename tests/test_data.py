@@ -308,6 +308,15 @@ def test_damaged_files_of_torchvision_are_named(tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
+def test_files_that_cannot_be_read_are_not_called_damaged(tmp_path, monkeypatch):
+    def broken(*given, **options):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST", broken)
+    with pytest.raises(UsageError, match=r"MNIST in .* cannot be read \(Input/output error\)$"):
+        load("mnist", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashionmnist", "mnist"])
 def test_absent_and_not_to_be_had(tmp_path, monkeypatch, name):
     import urllib.request

@@ -80,6 +80,22 @@ def test_the_file_is_the_finished_network_in_every_mode(mode_name, frozen, tmp_p
     assert "optimizer" not in content
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("asked", [("--bits", 3), ("--quantizer", "uniform"), ("--by_row",)])
+def test_another_quantizer_than_the_checkpoints_is_refused(asked, frozen, tmp_path, tiny_data, capsys):
+    network, data = tmp_path / "network.pth.tar", ("--data_dir", tiny_data)
+    checkpoint(network, "prox_alt", frozen)
+    status, _, said = run(capsys, network, "--out", tmp_path / "file", *asked, *data)
+    assert (status, said.count("\n")) == (2, 1), said
+    assert f"--evaluate {network}: it is of quantizer" in said
+    assert not (tmp_path / "file").exists()
+    content = checkpoints.read(network)
+    if not frozen:  # of float weights any quantizer can make something
+        del content["optimizer"]
+        checkpoints.save(network, content)
+        assert run(capsys, network, "--out", tmp_path / "file", *asked, *data)[0] == 0
+
+
 def test_recalibrated_statistics_are_in_the_file(tmp_path, tiny_data, capsys):
     checkpoint(tmp_path / "network.pth.tar", "prox")
     words = ["--recalibrate", 3, "--batch-size", 16, "--data_dir", tiny_data]

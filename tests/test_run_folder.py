@@ -68,12 +68,28 @@ def test_the_precision_belongs_to_the_run(train, monkeypatch):
     assert again.status == 0, again.err
     assert again.checkpoint()["precision"] == again.checkpoint("model_best.pth.tar")["precision"] == "bf16"
     assert "continued in bf16, as the run was begun; auto on this machine would be fp32" in again.log()
-    assert "bf16 (as the run was begun, by rounding: this CPU has no native bf16)" in again.log()
+    assert "bf16, by rounding float32 (as the run was begun)" in again.log()
     assert [facts["precision"] for facts in again.facts()["continued"]] == ["bf16"]
     refused = train("run", "--epochs", 3, "--precision", "fp32")
     assert refused.status == 2
     assert "--precision bf16 there, fp32 here" in refused.err
     assert train("run", "--epochs", 2, "--precision", "bf16").status == 0
+
+
+def test_overwriting_damaged_checkpoints_clears_the_folder(train):
+    first = train("run", "--epochs", 2, "--save_all")
+    for name in ("checkpoint.pth.tar", "checkpoint.previous.pth.tar"):
+        assert (first.folder / name).exists()
+        (first.folder / name).write_bytes(b"x")
+    (first.folder / "left").touch()
+    refused = train("run", "--epochs", 2, "--save_all")
+    assert refused.status == 2
+    assert "--overwrite starts anew, which deletes the 2 epochs that are trained there and everything else" in refused.err
+    assert (first.folder / "left").exists()
+    anew = train("run", "--save_all", "--overwrite")
+    assert anew.status == 0
+    assert not (first.folder / "left").exists()
+    assert [path.name for path in first.folder.glob("checkpoint_epoch_*")] == ["checkpoint_epoch_1.pth.tar"]
 
 
 class Peers(Processes):

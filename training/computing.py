@@ -46,9 +46,8 @@ class Precision:
 
     @property
     def in_words(self) -> str:
-        """Name and reason."""
-        rounding = ", by rounding: this CPU has no native bf16" if self.name == "bf16" and self.by_rounding else ""
-        return f"{self.name} ({self.reason}{rounding})"
+        """The name, and what stands in for bf16 where the CPU has none."""
+        return f"{self.name}, by rounding float32" if self.name == "bf16" and self.by_rounding else self.name
 
 
 def select_precision(requested: str, device: torch.device, tf32: bool) -> Precision:

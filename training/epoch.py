@@ -44,7 +44,7 @@ def describe(job: Job, state: State) -> None:
     """What is about to run, in the log."""
     args, sets = job.args, job.sets
     parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    computed = f"{job.precision.in_words}{', compiled' if state.computed['compile'] == 'on' else ''}"
+    computed = f"{job.precision.in_words} ({job.precision.reason}){', compiled' if state.computed['compile'] == 'on' else ''}"
     computed += ", captured" if job.captured_step else ""
     place = f"{job.processes.share.count} processes, the first on {job.device}" if job.processes.several else str(job.device)
     log.info(f"run: {job.run.folder} on {place}, {computed}, seed {args.seed}")

@@ -54,6 +54,7 @@ def read_kept(args: Namespace) -> Kept:
         _given_or_kept(args, content, "bits", [*range(1, 9), None]),
         _given_or_kept(args, content, "by_row", [False, True]),
     )
+    _check_quantizer(args, content, mode)
     return Kept(
         path,
         content,
@@ -81,7 +82,7 @@ def evaluate(args: Namespace) -> int:
     tasks.check_words(kept.content, sets.words, path)
     model = load_model(kept, sets.classes).to(device, memory_format=torch.channels_last)
 
-    log.info(f"{path}: {kept.model} {kept.config} on {source}, projection mode {mode.name}")
+    log.info(f"{path}: {kept.model} {kept.config} on {source}, projection mode {mode.name}, in {precision.in_words}")
     task = tasks.task_of(kept.dataset)
 
     def say(words: str, network: nn.Module) -> None:
@@ -121,7 +122,7 @@ def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict
         UsageError: if the latent weights and levels in the checkpoint are not this network's.
     """
     # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
-    if content.get("hard_quantized") is True and _quantized_alike(content, mode):
+    if content.get("hard_quantized") is True and content.get("projection_mode") == mode.name:
         return False
     # As the run itself does it, to the last bit, and from the latent weights and learned levels where the checkpoint has them.
     optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), mode.select(model), mode)
@@ -134,15 +135,17 @@ def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict
     return True
 
 
-def _quantized_alike(content: dict[str, Any], mode: quantize.ProjectionMode) -> bool:
-    """Whether a checkpoint is of this mode with this quantizer, of as many bits."""
-    if content.get("projection_mode") != mode.name:
-        return False
+def _check_quantizer(args: Namespace, content: dict[str, Any], mode: quantize.ProjectionMode) -> None:
+    """Raises UsageError where a quantizer is asked for that is not the one which a checkpoint's weights or levels are of."""
+    if content.get("projection_mode") != mode.name or not (content.get("hard_quantized") is True or "optimizer" in content):
+        return  # unquantized weights, which any quantizer can quantize
     try:
         own = choose_mode(mode.name, content.get("quantizer"), content.get("bits"), content.get("by_row") is True)
     except (UsageError, TypeError):
-        return False
-    return own.shown.in_words == mode.shown.in_words
+        return  # it does not say, and the user does
+    if own.shown.in_words != mode.shown.in_words:
+        words = f"it is of quantizer {own.shown.in_words}, not {mode.shown.in_words}"
+        raise UsageError(f"--evaluate {args.evaluate}: {words}; leave out --bits, --quantizer and --by_row")
 
 
 def recalibrate(model: nn.Module, sets: data.Data, precision: Precision, count: int) -> None:

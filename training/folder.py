@@ -105,6 +105,8 @@ class Run:
             decided = computed_before(content)
             begun = {**record["arguments"], **{name: decided[name] for name in _DECIDED if name in decided}}
             differing = self._compare({**record, "arguments": begun})
+        elif files and not differing:
+            differing = ["none of its checkpoints can be read"]
         if differing and not self._overwrite:
             raise UsageError(
                 f"--save {self.folder.name}: {self.folder} holds a run of other arguments ({'; '.join(differing)}); "

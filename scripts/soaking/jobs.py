@@ -62,7 +62,7 @@ class Started:
     def kill(self, which: int | None = None) -> None:
         # Torchrun's workers have sessions of their own, and outlive it. Held still, it starts no more of them meanwhile.
         os.kill(self._process.pid, signal.SIGSTOP)
-        for pid in reversed(self.pids):
+        for pid in (*_children(self._process.pid), self._process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
