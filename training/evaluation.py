@@ -122,7 +122,7 @@ def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict
         UsageError: if the latent weights and levels in the checkpoint are not this network's.
     """
     # A network that this mode has quantized is taken as it is: quantizing it once more could move its levels.
-    if content.get("hard_quantized") is True and content.get("projection_mode") == mode.name:
+    if content.get("hard_quantized") is True and _own_quantizer(content, mode) == mode.shown.in_words:
         return False
     # As the run itself does it, to the last bit, and from the latent weights and learned levels where the checkpoint has them.
     optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.0), mode.select(model), mode)
@@ -136,16 +136,22 @@ def hard_quantize(model: nn.Module, mode: quantize.ProjectionMode, content: dict
 
 
 def _check_quantizer(args: Namespace, content: dict[str, Any], mode: quantize.ProjectionMode) -> None:
-    """Raises UsageError where a quantizer is asked for that is not the one which a checkpoint's weights or levels are of."""
-    if content.get("projection_mode") != mode.name or not (content.get("hard_quantized") is True or "optimizer" in content):
-        return  # unquantized weights, which any quantizer can quantize
+    """Raises UsageError where a quantizer is asked for that is not the one which the levels of a run's checkpoint are of."""
+    own = _own_quantizer(content, mode)
+    if "optimizer" in content and own not in (None, mode.shown.in_words):
+        words = f"it is of quantizer {own}, not {mode.shown.in_words}"
+        raise UsageError(f"--evaluate {args.evaluate}: {words}; leave out --bits, --quantizer and --by_row")
+
+
+def _own_quantizer(content: dict[str, Any], mode: quantize.ProjectionMode) -> str | None:
+    """In words, which quantizer of this mode a checkpoint is of; None where it is of another mode or says nothing sensible."""
+    if content.get("projection_mode") != mode.name:
+        return None
     try:
         own = choose_mode(mode.name, content.get("quantizer"), content.get("bits"), content.get("by_row") is True)
     except (UsageError, TypeError):
-        return  # it does not say, and the user does
-    if own.shown.in_words != mode.shown.in_words:
-        words = f"it is of quantizer {own.shown.in_words}, not {mode.shown.in_words}"
-        raise UsageError(f"--evaluate {args.evaluate}: {words}; leave out --bits, --quantizer and --by_row")
+        return None
+    return own.shown.in_words
 
 
 def recalibrate(model: nn.Module, sets: data.Data, precision: Precision, count: int) -> None:
