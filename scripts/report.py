@@ -3,7 +3,7 @@
     python scripts/report.py results/short --out results/short
     python scripts/report.py results/a results/b --out compared --data_note cifar10="a JPEG copy, lossy"
 
-    python scripts/report.py results/short --out results/measured --readme results/README.md
+    python scripts/report.py results/short --out results/short/report --readme results/short/README.md
 
 Writes report.md, report.csv (one line a group of seeds), report_comparisons.csv and pictures as PNG and SVG. Numbers come from the
 run folders alone; runs that are unfinished, damaged or out of line are listed with the reason and do not enter any mean.

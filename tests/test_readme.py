@@ -15,6 +15,7 @@ from conftest import ROOT, run_main
 import data
 import quantize
 from models import MODELS
+from sources.batches import MEAN, STD
 from training import arguments, regimes
 from training.arguments import table_of_modes
 from utils import UsageError
@@ -204,6 +205,34 @@ def test_an_average_is_quantized(mode_name):
     assert len(weight.unique()) == LEVELS.get(mode_name, 2)
     levels = given["optimizer"].levels
     assert set(weight.unique().tolist()) == ({*levels["2.weight"].tolist(), 0.0} if levels else {-1.0, 1.0})
+
+
+def test_statistics_of_the_quantized_weights():
+    """Those of the copy are of the batches as they come through quantized layers; the network in training keeps its own."""
+    setting, shown = Quantized(), []
+    setting.model.insert(1, torch.nn.BatchNorm1d(8))
+    given = run_loop(setting, "prox", freeze_epoch=20, validate=lambda model: None)
+    before = copy.deepcopy(setting.model.state_dict())
+    exec(code_with("import copy"), given | {"validate": shown.append})
+    (network,) = shown
+    assert not network[0].weight.abs().ne(1).any()
+    reached = torch.cat([images @ network[0].weight.T + network[0].bias for images, _ in setting.batches])
+    assert torch.allclose(network[1].running_mean, reached.mean(0), atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in setting.model.state_dict().items())
+
+
+def test_a_packed_network_runs_in_python(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    network, mode = MODELS["resnet"](depth=20), quantize.mode("prox")
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(network.parameters(), lr=0.1), mode.select(network), mode)
+    quantize.save_packed("resnet20.safetensors", network, optimizer)
+    (code,) = CODE.findall(PAGES["docs/packed-format.md"])
+    given: dict = {}
+    exec(code, given)
+    images = torch.randn(2, 3, 32, 32)
+    optimizer.freeze()
+    assert torch.equal(given["model"](images), network.eval()(images))
+    assert f"mean {', '.join(map(str, MEAN))} and std {', '.join(map(str, STD))}" in code
 
 
 def test_several_methods_in_one_network():
