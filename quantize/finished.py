@@ -49,8 +49,8 @@ _CAUSE = "weights that are not quantized were loaded into the frozen model"
 
 
 def levels_alone(weight: Tensor, quantizer: Quantizer) -> Tensor:
-    """Whether a tensor, or each of its rows where each has levels of its own, holds no more different values than the quantizer
-    gives, on either side of zero too, and more weights than that: so it was quantized before.
+    """Whether a tensor, or each of its rows where each has levels of its own, holds values that may be the quantizer's, no more of
+    them than it gives, on either side of zero too, and more weights than that: so it was quantized before.
 
     Returns:
         a boolean, or one a row, in a shape that broadcasts against this process's part of the tensor.
@@ -64,8 +64,12 @@ def levels_alone(weight: Tensor, quantizer: Quantizer) -> Tensor:
     more = _holds_more(rows[:, : 2 * most + 2], most, quantizer.values)  # as nearly all weights in training do
     if not more.all():
         more[~more] = _holds_more(rows[~more], most, quantizer.values)
-    more = over_group(weight, by_row, more.float(), "max").bool()
-    return ~more.view(count, *[1] * (here.dim() - 1)) if by_row else ~more.view(())
+    others = over_group(weight, by_row, more.float(), "max").bool()
+    if not others.all():
+        largest = over_group(weight, by_row, rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(count), "max")
+        others[~others] = ~quantizer.may_give(rows[~others], largest[~others])
+        others = over_group(weight, by_row, others.float(), "max").bool()
+    return ~others.view(count, *[1] * (here.dim() - 1)) if by_row else ~others.view(())
 
 
 def _holds_more(rows: Tensor, most: int, values: int) -> Tensor:

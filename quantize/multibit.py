@@ -40,6 +40,9 @@ class _Greedy(Quantizer):
     def levels(self, fitted: Fitted) -> list[Tensor | float]:
         return [*(-level for level in reversed(_magnitudes(fitted)[0])), *_magnitudes(fitted)[0]]
 
+    def may_give(self, rows: Tensor, largest: Tensor) -> Tensor:
+        return _different_sizes(rows) <= self.values // 2
+
 
 @dataclass(frozen=True)
 class GreedyMedian(_Greedy):
@@ -127,6 +130,9 @@ class Alternating(Quantizer):
         magnitudes = _magnitudes(fitted)[0] if self.rounds == 1 else fitted
         return [*(-level for level in reversed(magnitudes)), *magnitudes]
 
+    def may_give(self, rows: Tensor, largest: Tensor) -> Tensor:
+        return _different_sizes(rows) <= self.values // 2
+
 
 @dataclass(frozen=True)
 class Uniform(Quantizer):
@@ -174,12 +180,28 @@ class Uniform(Quantizer):
     def levels(self, fitted: Fitted) -> list[Tensor | float]:
         return [multiple * fitted[0] for multiple in self.multiples()]
 
+    def may_give(self, rows: Tensor, largest: Tensor) -> Tensor:
+        """The largest weight is one of the multiples: with the step that this makes, the others must be, too, but for rounding."""
+        if not rows.shape[1]:
+            return super().may_give(rows, largest)
+        found = largest == 0
+        for multiple in self.multiples():
+            if multiple > 0:
+                step = torch.where(largest > 0, wide(largest) / multiple, 1.0).unsqueeze(1)
+                off = (self.code(wide(rows), step) - wide(rows) / step).abs().amax(1)
+                found = found | (off <= 4 * torch.finfo(rows.dtype).eps * multiple)
+        return found
+
 
 @dataclass(frozen=True)
 class UniformWithZero(Uniform):
     """Equidistant levels s j with |j| <= 2^(k-1) - 1: one level fewer, and zero among them."""
 
     name = "uniform_with_zero"
+
+    @property
+    def values(self) -> int:
+        return 2**self.bits - 1
 
     def code(self, w: Tensor, step: Tensor) -> Tensor:
         """The nearest level as a multiple of the step."""
@@ -197,6 +219,11 @@ def _sizes(x: Groups) -> tuple[Groups, Function]:
     if len(x.pieces) > 1:
         return x, lambda w: wide(w).abs()
     return x.holding([wide(x.pieces[0]).abs()]), lambda w: w
+
+
+def _different_sizes(rows: Tensor) -> Tensor:
+    """How many different |w| each row holds."""
+    return rows.abs().sort(dim=1).values.diff(dim=1).ne(0).sum(1) + 1
 
 
 def _left(w: Tensor, amplitudes: Fitted) -> Tensor:

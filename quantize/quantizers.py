@@ -73,6 +73,18 @@ class Quantizer:
         """The levels of each group in increasing order."""
         raise NotImplementedError
 
+    def may_give(self, rows: Tensor, largest: Tensor) -> Tensor:
+        """Which rows, of no more values than there are levels, hold values that may be levels of one group.
+
+        Args:
+            rows: ``(groups, weights)``, of each group what is here of it.
+            largest: the largest size of a weight in each whole group, ``(groups,)``.
+
+        Returns:
+            a boolean a row.
+        """
+        return torch.ones_like(largest, dtype=torch.bool)
+
     def __call__(self, w: Tensor, given: Any = None) -> Tensor:
         """Quantizes one tensor of any shape; no gradient goes through it."""
         w = w.detach()

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import quantize
+from quantize.finished import levels_alone
 from quantize.groups import OneTensor
-from quantize.multibit import Alternating, GreedyMean, UniformWithZero
+from quantize.multibit import Alternating, GreedyMean, Uniform, UniformWithZero
 
 NAMES = {"greedy_median": 3, "greedy_mean": 3, "alternating": 3, "uniform": 4}  # with the most bits that are compared
 seeds = st.integers(0, 2**31 - 1)
@@ -136,3 +137,45 @@ def test_uniform_with_zero_has_one_level_fewer_and_zero(bits):
     assert 0.0 in values.tolist()
     steps = values.diff()
     torch.testing.assert_close(steps, (steps / steps.min()).round() * steps.min(), rtol=1e-9, atol=1e-12)
+
+
+KINDS = [kind for kind in quantize.QUANTIZERS.values() if kind.takes_bits]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@given(seeds, st.integers(2, 5), st.integers(20, 90), st.sampled_from([0.0, 1e-3, 1.0, 40.0]))
+def test_its_own_weights_are_known_again(kind, by_row, dtype, seed, bits, columns, size):
+    """And those of the first row alone, where the second has others."""
+    w = kind(bits, by_row)((size * normal(seed, 2, columns)).to(dtype))
+    if columns > 2**bits + 1:
+        assert levels_alone(w, kind(bits, by_row)).all()
+        if by_row:
+            w[1] = normal(seed, columns).to(dtype)
+            assert levels_alone(w, kind(bits, True)).flatten().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_many_values_of_another_quantizer_are_quantized(kind, by_row):
+    """Four of the values on either side of zero, as all of these have with 3 bits, but at no equal distances from it."""
+    values = torch.tensor([-1.0, -0.7, -0.31, 0.05, 0.2, 0.55]).repeat(3, 20)
+    model = torch.nn.Linear(120, 3)
+    model.weight.data.copy_(values)
+    mode = quantize.mode("prox_alt", kind.name, bits=3, by_row=by_row)
+    optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), mode.select(model), mode)
+    expected = kind(3, by_row)(values)
+    assert (expected - values).abs().max() > 0.01
+    assert torch.allclose(optimizer.quantized()["weight"], expected, atol=1e-6)
+    optimizer.freeze()
+    assert torch.allclose(model.weight, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Uniform, UniformWithZero])
+def test_an_even_grid_is_made_of_alternating_values(kind):
+    """Eight values that are symmetric about zero, but not evenly spaced: what deployment on integers asks of them."""
+    w = quantize.alternating(normal(0, 3, 400).float(), 3)
+    assert levels_alone(w, Alternating(3))
+    assert not levels_alone(w, kind(3))
+    assert not levels_alone(w, kind(4))
