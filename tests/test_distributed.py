@@ -117,6 +117,18 @@ def test_two_processes_hold_the_same_weights_to_the_last_bit(undisturbed):
             assert torch.equal(value, two[name]), (epoch, name)
 
 
+def test_another_processes_rounding_is_not_taken_for_weights_that_somebody_wrote(tmp_path, tiny_data):
+    """Learned levels drift in the second process; what the first shows of its own must not become latent weights there."""
+    more = ("--projection_mode", "ttq", "--lr", "0.1", "--epochs", "3")
+    done = torchrun(WORKER, tmp_path, "train", *NETWORK, *more, "--data_dir", tiny_data, "--results_dir", tmp_path, "--save", "ttq")
+    assert done.returncode == 0, done.stderr
+    for epoch in range(3):
+        one, two = (torch.load(tmp_path / f"weights-{rank}-{epoch}.pt", weights_only=True) for rank in (0, 1))
+        for name, value in one.items():
+            assert torch.equal(value, two[name]), (epoch, name)
+        assert all(len(value.unique()) > 100 for name, value in two.items() if name.startswith("latent"))
+
+
 def assert_no_thread_left(out: Path) -> None:
     """One of gloo's that still runs while Python ends aborts the process now and then."""
     for rank in (0, 1):

@@ -66,7 +66,7 @@ def train(out: Path, rank: int, arguments: list[str]) -> int:
         torch.save(held, out / f"weights-{rank}-{state.epoch}.pt")
         finish_epoch(job, state, row, board)
         if rank:  # as on a machine that rounds otherwise; the next epoch begins with the first process's
-            for weight in state.optimizer.latent.values():
+            for weight in (*state.optimizer.latent.values(), *state.optimizer.levels.values()):
                 weight.mul_(1.25)
 
     def step_or_die(job, state, progress):

@@ -91,10 +91,9 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
     if args.freeze_epoch != -1 and state.epoch >= args.freeze_epoch and optimizer.projecting:
         optimizer.freeze()
         log.info(f"frozen after {state.epoch} epochs: the quantized weights stay as they are, the rest trains on")
+    align(job, state)
     if state.step == 0:
         set_optimizer(job, state, settings)
-    # As DistributedDataParallel does with what the model shows: latent weights may lie elsewhere, and drift on unequal machines.
-    job.processes.align(optimizer.latent.values())
 
     def after_step() -> None:
         state.seconds = time.perf_counter() - began
@@ -165,6 +164,18 @@ def between_steps(job: Job, state: State, progress: loops.Progress) -> None:
     if due:
         job.run.save_checkpoint(state.checkpoint(job.args))
         log.debug(f"saved after step {state.step}")
+
+
+def align(job: Job, state: State) -> None:
+    """Gives all processes the first one's weights, since they drift on unequal machines.
+
+    But not what the model shows of latent weights, which each makes itself: written into the model by a machine that rounds
+    otherwise, it would be taken for weights that somebody else put there.
+    """
+    optimizer, model = state.optimizer, state.model
+    quantized = {id(parameter) for parameter in optimizer.parameters.values()}
+    others = [parameter.detach() for parameter in model.parameters() if id(parameter) not in quantized]
+    job.processes.align([*optimizer.latent.values(), *optimizer.levels.values(), *others, *model.buffers()])
 
 
 def set_optimizer(job: Job, state: State, settings: dict[str, Any]) -> None:

@@ -82,13 +82,13 @@ class Processes:
     def averaging(self, network: nn.Module) -> nn.Module:
         """The network with gradients that are averaged over all processes.
 
-        To be made anew for each epoch: after a freeze other gradients are averaged, and a run that is continued at an epoch's
-        start then sums in the order of the undisturbed one.
+        Weights are not aligned here. To be made anew for each epoch: after a freeze other gradients are averaged, and a run that is
+        continued at an epoch's start then sums in the order of the undisturbed one.
         """
         if not self.several:
             return network
         gc.collect()  # the one before, which refers to itself, holds a copy of all gradients
-        return nn.parallel.DistributedDataParallel(network)
+        return nn.parallel.DistributedDataParallel(network, init_sync=False)
 
     def align(self, tensors: Iterable[Tensor]) -> None:
         """Gives all processes the first one's values, in place."""
