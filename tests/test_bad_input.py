@@ -49,6 +49,8 @@ CASES = [
     (["--save", ""], ["--save"]),
     (["--regime", "{0: {'lr': -1}}"], ["--regime", "-1"]),
     (["--regime", "{'a': {}}"], ["--regime", "'a'"]),
+    (["--regime", "{0: {'plateau': 'a'}}"], ["--regime", "plateau 'a'", "above 1"]),
+    (["--regime", "{0: {'lr': '0.1', 'plateau': 1.2}}"], ["--regime", "lr '0.1'", "not a number"]),
     (["--regime", "{0: {'lr': 1j}}"], ["--regime", "1j", "dict literal"]),
     (["--regime", "{0: {'dampening': 'x'}}"], ["--regime", "dampening"]),
     (["--regime", "{0: {'optimizer': 'Rprop', 'step_sizes': ('a', 'b')}}"], ["--regime", "Rprop", "step_sizes"]),

@@ -96,7 +96,7 @@ def resolve_regime(args: Namespace, model_regime: Regime, projected: bool) -> Re
     chosen, of_network = next((regime, of_network) for applies, regime, of_network in table if applies)
     regime = {epoch: dict(chosen[epoch]) for epoch in sorted(chosen)}
     regime[0] |= {name: getattr(args, name) for name in ("optimizer", "momentum", "weight_decay") if name in args.typed}
-    _check_names(regime)
+    _check_entries(regime)
     _drop_foreign(regime, own.get(0, {}), args.typed)
     if not of_network:
         decay = 0.0 if projected and "weight_decay" not in args.typed else args.weight_decay
@@ -265,11 +265,16 @@ def _accepted(optimizer: str) -> dict[str, Any]:
     return {name: parameter.default for name, parameter in parameters.items() if name not in _NOT_SETTINGS}
 
 
-def _check_names(regime: Regime) -> None:
+def _check_entries(regime: Regime) -> None:
+    """Raises UsageError on the first of what is computed with here, before an optimizer sees it, that cannot be."""
     for epoch, entry in regime.items():
         optimizer = entry.get("optimizer", "SGD")
         if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
             raise UsageError(f"--regime: epoch {epoch}: optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
+        if not _is_number(entry.get("lr", 0.0)):
+            raise UsageError(f"--regime: epoch {epoch}: lr {entry['lr']!r} is not a number")
+        for name in (name for name in OWN if name in entry):
+            _check_own(epoch, name, entry[name])
 
 
 def _check_values(regime: Regime, typed: Collection[str]) -> None:
@@ -279,10 +284,7 @@ def _check_values(regime: Regime, typed: Collection[str]) -> None:
         optimizer = settings["optimizer"]
         accepted = _accepted(optimizer)
         for name, value in settings.items():
-            if name == "optimizer":
-                continue
-            if name in OWN:
-                _check_own(epoch, name, value)
+            if name == "optimizer" or name in OWN:
                 continue
             if name not in accepted:
                 where = f"--{name.replace('_', '-')} {value}" if name in typed else f"--regime: epoch {epoch}: {name} {value}"
@@ -309,6 +311,15 @@ def _try_out(settings: dict[str, Any]) -> None:
 
 
 def _check_own(epoch: int, name: str, value: Any) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and is_finite(value)
-    if not number or value < 0 or (value == 0 and name == "clip_norm") or (value <= 1 and name == "plateau"):
+    if (
+        not _is_number(value)
+        or not is_finite(value)
+        or value < 0
+        or (value == 0 and name == "clip_norm")
+        or (value <= 1 and name == "plateau")
+    ):
         raise UsageError(f"--regime: epoch {epoch}: {name} {value!r} is not accepted: {OWN[name]} is needed")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
