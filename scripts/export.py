@@ -36,15 +36,17 @@ from utils import UsageError, select_device, write_whole
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def finished_network(args: Namespace, kept: evaluation.Kept) -> nn.Module:
-    """The network with its final weights: hard-quantized, and where that is asked for with BatchNorm's statistics anew."""
+def finished_network(args: Namespace, kept: evaluation.Kept) -> tuple[nn.Module, bool]:
+    """The network with its final weights: hard-quantized, and where that is asked for with BatchNorm's statistics anew; and whether
+    that made another network of it."""
     device, _ = select_device(args.device, args.gpus, "gpus" in args.typed)
     sets = evaluation.load_data(args, kept.dataset, device) if args.recalibrate else None
     classes = sets.classes if sets else kept.config.get("num_classes") or _classes(kept)
     model = evaluation.load_model(kept, classes).to(device, memory_format=torch.channels_last)
     averages = any(name.endswith("running_mean") for name in kept.content["state_dict"])
     advice = "; its BatchNorm has the statistics of other weights (see --recalibrate)" if averages else ""
-    if evaluation.hard_quantize(model, kept.mode, kept.content):
+    changed = evaluation.hard_quantize(model, kept.mode, kept.content)
+    if changed:
         print(f"{kept.path}: not frozen, hard-quantized now{advice}")
     elif not kept.content.get("frozen", True):
         print(f"{kept.path}: hard-quantized before the freeze{advice}")
@@ -52,7 +54,7 @@ def finished_network(args: Namespace, kept: evaluation.Kept) -> nn.Module:
         precision = computing.select_precision(args.precision, device, args.tf32)
         evaluation.recalibrate(model, sets, precision, args.recalibrate)
         print(f"BatchNorm's statistics are re-estimated from {args.recalibrate} training batches")
-    return model.cpu()
+    return model.cpu(), changed or sets is not None
 
 
 def _classes(kept: evaluation.Kept) -> int:
@@ -111,7 +113,7 @@ def export(args: Namespace, out: Path, half: str | None) -> None:
         raise UsageError(
             f"{kept.path}: trained in full precision, nothing in it is quantized; --projection_mode says to what it is to be"
         )
-    model = finished_network(args, kept)
+    model, changed = finished_network(args, kept)
     quantized = {name for name, _ in kept.mode.select(model)}
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
     if half:
@@ -124,8 +126,11 @@ def export(args: Namespace, out: Path, half: str | None) -> None:
         "model": kept.model,
         "config": kept.config,
         "dataset": kept.dataset,
-        "projection_mode": None,
-    }  # which is the file's mode
+        **kept.quantizer,
+        "projection_mode": None,  # which is the file's mode
+    }
+    if changed or half or "optimizer" in kept.content:  # the best score is another network's
+        facts.pop(task.best_key, None)
     facts = {name: value for name, value in facts.items() if value not in (None, False) or name == task.best_key}
     try:
         content = packing.pack(state, quantized, kept.mode.name, facts)

@@ -27,7 +27,10 @@ from utils import UsageError, select_device
 
 @dataclass(frozen=True)
 class Kept:
-    """A checkpoint, and what the user or else the checkpoint says that it is of."""
+    """A checkpoint, and what the user or else the checkpoint says that it is of.
+
+    ``quantizer``: by which the mode was chosen beside its name: ``quantizer``, ``bits``, ``by_row``, as of the command line.
+    """
 
     path: Path
     content: dict[str, Any]
@@ -35,6 +38,7 @@ class Kept:
     dataset: str
     config: dict[str, Any]
     mode: quantize.ProjectionMode
+    quantizer: dict[str, Any]
 
 
 def read_kept(args: Namespace) -> Kept:
@@ -48,12 +52,7 @@ def read_kept(args: Namespace) -> Kept:
     args.precision = _given_or_kept(args, content, "precision", ("auto", "fp32", "bf16"))
     args.holdout = _given_or_kept(args, content, "holdout", range(2**31))
     args.input_size = _given_or_kept(args, content, "input_size", (None, *range(32, 2049)))
-    mode = choose_mode(
-        _given_or_kept(args, content, "projection_mode", [*quantize.MODES, None]),
-        _given_or_kept(args, content, "quantizer", [*quantize.ALL_QUANTIZERS, None]),
-        _given_or_kept(args, content, "bits", [*range(1, 9), None]),
-        _given_or_kept(args, content, "by_row", [False, True]),
-    )
+    mode, quantizer = _choose_mode(args, content)
     _check_quantizer(args, content, mode)
     return Kept(
         path,
@@ -62,7 +61,26 @@ def read_kept(args: Namespace) -> Kept:
         dataset,
         _config_of(content) | args.model_config,
         mode,
+        quantizer,
     )
+
+
+def _choose_mode(args: Namespace, content: dict[str, Any]) -> tuple[quantize.ProjectionMode, dict[str, Any]]:
+    """The mode, and by which quantizer's flags it was chosen. Those that the checkpoint has do not hold where the user gives
+    another mode or quantizer that they do not go with."""
+    name = _given_or_kept(args, content, "projection_mode", [*quantize.MODES, None])
+    kept = {
+        "quantizer": _given_or_kept(args, content, "quantizer", [*quantize.ALL_QUANTIZERS, None]),
+        "bits": _given_or_kept(args, content, "bits", [*range(1, 9), None]),
+        "by_row": _given_or_kept(args, content, "by_row", [False, True]),
+    }
+    try:
+        return choose_mode(name, **kept), kept
+    except UsageError:
+        if not {"projection_mode", "quantizer"} & args.typed:
+            raise
+        given = {flag: getattr(args, flag) for flag in kept}
+        return choose_mode(name, **given), given
 
 
 def evaluate(args: Namespace) -> int:
