@@ -3,7 +3,7 @@
 from torch import nn
 
 from quantize.modes import ProjectionMode
-from quantize.selectors import FROZEN_BY, walk
+from quantize.selectors import FROZEN_BY, decides_itself, walk
 
 
 def explain(model: nn.Module, mode: ProjectionMode) -> dict[str, str]:
@@ -23,9 +23,7 @@ def reasons(model: nn.Module, mode: ProjectionMode) -> dict[str, str]:
         else:
             layers.setdefault(id(parameter), name)
     selected = {id(parameter) for _, parameter in mode.select(model)} if not refused else set(layers)
-    asking = [
-        name + "." if name else "" for name, module in model.named_modules() if callable(getattr(module, "quantizable", None))
-    ]
+    asking = [name + "." if name else "" for name, module in model.named_modules() if decides_itself(module)]
     found = {}
     for prefix, module in model.named_modules():
         for own, parameter in module.named_parameters(prefix=prefix, recurse=False):

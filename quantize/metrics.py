@@ -39,5 +39,7 @@ def measure(
         "quant_error": [quantization_error(w, quantized[name]) for name, w in latent.items()],
         "sign_change": [sign_change(w, start[name]) for name, w in latent.items()],
     }
-    values = torch.stack([value.float() for column in table.values() for value in column]).view(len(table), -1).tolist()
+    device = next(iter(latent.values())).device  # of a model on several
+    values = [value.float().to(device) for column in table.values() for value in column]
+    values = torch.stack(values).view(len(table), -1).tolist()
     return {metric: dict(zip(latent, row, strict=True)) for metric, row in zip(table, values, strict=True)}

@@ -5,6 +5,7 @@ their type and not by their name, so that a prefix that a wrapper puts before th
 better says so itself: a module with a method ``quantizable()``, which returns such pairs with names of its own, is asked.
 """
 
+import inspect
 import re
 from collections.abc import Iterator
 
@@ -49,11 +50,16 @@ def select_inner_layers(model: nn.Module) -> NamedParameters:
     return quantizable_layers(model)[1:-1]
 
 
+def decides_itself(module: nn.Module) -> bool:
+    """Whether a module has a method ``quantizable()``; a compiled one only passes on that of the network in it, whose names are
+    other than its own."""
+    return callable(inspect.getattr_static(module, "quantizable", None))
+
+
 def walk(module: nn.Module, prefix: str = "", embeddings: bool = False) -> Iterator[tuple[str, nn.Parameter | str]]:
     """Names with the parameters that ``quantizable_layers`` finds, or with the reason why there is none to quantize."""
-    quantizable = getattr(module, "quantizable", None)
-    if callable(quantizable):
-        yield from ((prefix + name, parameter) for name, parameter in quantizable())
+    if decides_itself(module):
+        yield from ((prefix + name, parameter) for name, parameter in module.quantizable())
         return
     for attribute in _weights_of(module, embeddings):
         yield _parameter_of(module, attribute, prefix)

@@ -582,6 +582,9 @@ def test_a_network_that_knows_better_is_asked():
     model = nn.Sequential(nn.Linear(2, 2), Own())
     assert [name for name, _ in quantize.quantizable_layers(model)] == ["0.weight", "1.b.weight"]
     assert "quantizable()" in quantize.reasons(model, quantize.MODES["prox"])["1.a.weight"]
+    compiled = torch.compile(model[1])  # it passes the method on, and has names of its own
+    assert [name for name, _ in quantize.quantizable_layers(compiled)] == ["_orig_mod.b.weight"]
+    assert "quantizable()" in quantize.reasons(compiled, quantize.MODES["prox"])["_orig_mod.a.weight"]
 
 
 def test_a_mode_is_a_plain_value():
