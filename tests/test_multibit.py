@@ -152,8 +152,15 @@ def test_its_own_weights_are_known_again(kind, by_row, dtype, seed, bits, column
     if columns > 2**bits + 1:
         assert levels_alone(w, kind(bits, by_row)).all()
         if by_row:
-            w[1] = normal(seed, columns).to(dtype)
+            w[1] = torch.arange(1, columns + 1)  # more than it gives, and exact in every dtype
             assert levels_alone(w, kind(bits, True)).flatten().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_says_how_many_values_it_has(kind):
+    w = normal(0, 5000)
+    for bits in (2, 3, 4):
+        assert len(kind(bits)(w).unique()) == kind(bits).values
 
 
 @pytest.mark.parametrize("by_row", [False, True])
