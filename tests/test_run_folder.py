@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, make_class_folders
 
 import main_binary_reg
 from training import checkpoints, computing, tracking
@@ -240,10 +241,21 @@ def test_a_line_that_the_terminal_does_not_take_is_in_the_file_and_among_the_war
     assert log_module.warnings_so_far() == ["before the file", "in the file"]
 
 
-def test_a_run_without_standard_error(train, monkeypatch):
-    """Closed by ``2>&-``: Python has none then."""
+def test_a_run_without_standard_error(train, tmp_path, monkeypatch):
+    """Closed by ``2>&-``: Python has none then. The images are decoded first, with a bar of its own."""
+    make_class_folders(tmp_path / "CIFAR10")
     monkeypatch.setattr(sys, "stderr", None)
-    assert train("run").status == 0
+    assert train("run", "--data_dir", tmp_path).status == 0
+
+
+def test_what_goes_to_a_closed_stream_is_in_no_other_file(tmp_path):
+    """A file opened later would have the closed one's number, and get what a library prints there."""
+    code = (
+        "import os; from training.log import log_to_terminal; log_to_terminal(); nowhere = os.stat(os.devnull); "
+        f"open({str(tmp_path / 'file')!r}, 'w').write(str([os.path.samestat(os.fstat(n), nowhere) for n in range(3)]))"
+    )
+    subprocess.run(["bash", "-c", f'exec "{sys.executable}" -c "$0" <&- >&- 2>&-', code], cwd=ROOT, check=True)
+    assert (tmp_path / "file").read_text() == "[True, True, True]"
 
 
 def test_an_unfinished_warm_start_is_said(train):

@@ -72,11 +72,26 @@ class LogFile(logging.FileHandler):
 
 def log_to_terminal(level: int = logging.INFO) -> None:
     """Sends the log's lines from ``level`` on to standard output; the run's file gets every line."""
+    _open_closed_streams()
     log.setLevel(logging.DEBUG)
     log.propagate = False
     handler = _Terminal(sys.stdout)
     handler.setLevel(level)
     log.handlers = [handler, _Early(), _Warnings()]
+
+
+def _open_closed_streams() -> None:
+    """A stream that the shell closed (``2>&-``) goes nowhere instead.
+
+    Python has None for it, which what draws bars does not expect. And its number would be given to the next file that is opened:
+    what a library prints would then be written into a checkpoint.
+    """
+    nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+    while nowhere <= 2:
+        nowhere = os.dup(nowhere)
+    sys.stdout = sys.stdout or os.fdopen(os.dup(nowhere), "w")
+    sys.stderr = sys.stderr or os.fdopen(os.dup(nowhere), "w")
+    os.close(nowhere)
 
 
 def warn(line: str) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -59,7 +58,7 @@ class Progress:
     def __init__(self, words: str, batches: Batches, state: State, print_freq: int, shown: bool = True) -> None:
         self._words, self._batches, self._state, self._print_freq = words, batches, state, print_freq
         self._began, self._begun_at = time.perf_counter(), state.step
-        hidden = None if shown and sys.stderr else True  # None: where there is no terminal
+        hidden = None if shown else True  # None: where there is no terminal
         self._bar = tqdm(total=len(batches), initial=state.step, desc=words, unit="step", leave=False, disable=hidden)
 
     def step(self) -> None:
