@@ -6,6 +6,7 @@
 Raises in words where something differs; prints the modes.
 """
 
+import faulthandler
 import os
 import sys
 from collections.abc import Iterator
@@ -171,6 +172,7 @@ def check_refusals() -> None:
 
 def main() -> None:
     folder, task = Path(sys.argv[1]), sys.argv[2]
+    faulthandler.enable()
     dist.init_process_group("gloo")
     for number, mode in enumerate(modes(every_quantizer=task == "save")):
         train_beside(mode, task, folder / str(number))
