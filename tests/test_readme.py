@@ -6,6 +6,7 @@ import copy
 import functools
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,8 @@ def test_command(command, folder, tiny_data):
         if not (folder / needed).exists():  # this test runs on its own, without those before it
             quantized = ("--projection_mode", "prox", "--reg_rate", 1, "--data_dir", tiny_data)
             run_main(*SHORT, "--save", needed.name, "--epochs", 1, *quantized, cwd=folder)
+    if "--save" in words:  # what was made for another command that needs it
+        shutil.rmtree(folder / "results" / words[words.index("--save") + 1], ignore_errors=True)
     done = run_main(*words, cwd=folder)
     assert ("hard-quantized: loss" if "--evaluate" in words else "done, best error") in done.stdout
 
