@@ -181,15 +181,16 @@ class Uniform(Quantizer):
         return [multiple * fitted[0] for multiple in self.multiples()]
 
     def may_give(self, rows: Tensor, largest: Tensor) -> Tensor:
-        """The largest weight is one of the multiples: with the step that this makes, the others must be, too, but for rounding."""
+        """The largest weight is one of the multiples: with the step that this makes, the others must be, too, but for rounding,
+        once in what they are computed in, and perhaps once more in what they were kept in."""
         if not rows.shape[1]:
             return super().may_give(rows, largest)
-        found = largest == 0
+        found, rounding = largest == 0, 4 * torch.finfo(wide(rows).dtype).eps + 1.25 * _precision(rows)
         for multiple in self.multiples():
             if multiple > 0:
                 step = torch.where(largest > 0, wide(largest) / multiple, 1.0).unsqueeze(1)
                 off = (self.code(wide(rows), step) - wide(rows) / step).abs().amax(1)
-                found = found | (off <= 4 * torch.finfo(rows.dtype).eps * multiple)
+                found = found | (off <= rounding * multiple)
         return found
 
 
@@ -224,6 +225,14 @@ def _sizes(x: Groups) -> tuple[Groups, Function]:
 def _different_sizes(rows: Tensor) -> Tensor:
     """How many different |w| each row holds."""
     return rows.abs().sort(dim=1).values.diff(dim=1).ne(0).sum(1) + 1
+
+
+def _precision(rows: Tensor) -> Tensor:
+    """The relative distance of neighbouring numbers in the coarsest type that holds all weights of a row, ``(groups,)``."""
+    finest = torch.full((len(rows),), torch.finfo(rows.dtype).eps, dtype=wide(rows).dtype, device=rows.device)
+    for kept in (torch.float32, torch.float16, torch.bfloat16):
+        finest = torch.where((rows.to(kept) == rows).all(1), max(torch.finfo(kept).eps, torch.finfo(rows.dtype).eps), finest)
+    return finest
 
 
 def _left(w: Tensor, amplitudes: Fitted) -> Tensor:

@@ -53,7 +53,8 @@ def select_inner_layers(model: nn.Module) -> NamedParameters:
 def decides_itself(module: nn.Module) -> bool:
     """Whether a module has a method ``quantizable()``; a compiled one only passes on that of the network in it, whose names are
     other than its own."""
-    return callable(inspect.getattr_static(module, "quantizable", None))
+    its_own = inspect.getattr_static(module, "quantizable", None) is not None
+    return its_own and callable(getattr(module, "quantizable", None))
 
 
 def walk(module: nn.Module, prefix: str = "", embeddings: bool = False) -> Iterator[tuple[str, nn.Parameter | str]]:

@@ -9,6 +9,7 @@ Raises in words where something differs; prints the modes.
 import faulthandler
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -186,4 +187,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # as at the end of main: a failure must not look like a crash

@@ -131,6 +131,25 @@ def test_kept_bits_do_not_hold_for_a_mode_that_takes_none(asked, tmp_path, capsy
     assert "--bits 3" in said
 
 
+def test_kept_bits_hold_where_the_kept_quantizer_does_not(tmp_path, capsys):
+    """Of what the checkpoint says only that is left out which does not go with the mode, and it is said."""
+    network, out = tmp_path / "network.pth.tar", tmp_path / "file"
+    checkpoint(network, "prox_alt")
+    content = checkpoints.read(network)
+    del content["optimizer"]
+    checkpoints.save(network, content | {"quantizer": "uniform", "bits": 3, "by_row": True})
+    status, printed, said = run(capsys, network, "--out", out, "--projection_mode", "prox_median")
+    assert status == 0, said
+    assert "warning: --quantizer uniform of the checkpoint: left out" in printed
+    assert checkpoints.read(out)["bits"] == 3
+    assert max(len(row.unique()) for row in quantize.load_packed(out)["fc.weight"]) == 8
+    checkpoints.save(network, content | {"bits": 1})
+    status, printed, said = run(capsys, network, "--out", out, "--quantizer", "uniform_with_zero")
+    assert status == 0, said
+    assert "warning: --bits 1 of the checkpoint: left out" in printed
+    assert checkpoints.read(out)["quantizer"] == "uniform_with_zero"
+
+
 def test_recalibrated_statistics_are_in_the_file(tmp_path, tiny_data, capsys):
     checkpoint(tmp_path / "network.pth.tar", "prox")
     words = ["--recalibrate", 3, "--batch-size", 16, "--data_dir", tiny_data]

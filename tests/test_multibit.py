@@ -156,6 +156,16 @@ def test_its_own_weights_are_known_again(kind, by_row, dtype, seed, bits, column
             assert levels_alone(w, kind(bits, True)).flatten().tolist() == [True, False]
 
 
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@given(seeds, st.integers(2, 5), st.integers(40, 90), st.sampled_from([1.0, 40.0]))
+def test_they_are_known_again_from_a_file_in_less_precision(kind, by_row, kept, seed, bits, columns, size):
+    w = kind(bits, by_row)(size * normal(seed, 2, columns).float())
+    for dtype in (torch.float32, torch.float64):
+        assert levels_alone(w.to(kept).to(dtype), kind(bits, by_row)).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_says_how_many_values_it_has(kind):
     w = normal(0, 5000)

@@ -249,13 +249,14 @@ def test_a_run_without_standard_error(train, tmp_path, monkeypatch):
 
 
 def test_what_goes_to_a_closed_stream_is_in_no_other_file(tmp_path):
-    """A file opened later would have the closed one's number, and get what a library prints there."""
-    code = (
-        "import os; from training.log import log_to_terminal; log_to_terminal(); nowhere = os.stat(os.devnull); "
-        f"open({str(tmp_path / 'file')!r}, 'w').write(str([os.path.samestat(os.fstat(n), nowhere) for n in range(3)]))"
-    )
-    subprocess.run(["bash", "-c", f'exec "{sys.executable}" -c "$0" <&- >&- 2>&-', code], cwd=ROOT, check=True)
-    assert (tmp_path / "file").read_text() == "[True, True, True]"
+    """A file opened later would have the closed one's number, and get what a library prints there, in child processes too."""
+    look = "import os, sys; nowhere = os.stat(os.devnull); "
+    look += "open(sys.argv[1], 'w').write(str([os.path.samestat(os.fstat(n), nowhere) for n in range(3)]))"
+    code = "import subprocess; from training.log import log_to_terminal; log_to_terminal(); exec(sys.argv[2]); "
+    code = f"import sys; {code} subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1] + '2'])"
+    closed = f'exec "{sys.executable}" -c "$0" "$@" <&- >&- 2>&-'
+    subprocess.run(["bash", "-c", closed, code, tmp_path / "file", look], cwd=ROOT, check=True)
+    assert (tmp_path / "file").read_text() == (tmp_path / "file2").read_text() == "[True, True, True]"
 
 
 def test_an_unfinished_warm_start_is_said(train):

@@ -586,6 +586,11 @@ def test_a_network_that_knows_better_is_asked():
     assert [name for name, _ in quantize.quantizable_layers(compiled)] == ["_orig_mod.b.weight"]
     assert "quantizable()" in quantize.reasons(compiled, quantize.MODES["prox"])["_orig_mod.a.weight"]
 
+    class ByProperty(Own):
+        quantizable = property(lambda self: lambda: [("a.weight", self.a.weight)])
+
+    assert [name for name, _ in quantize.quantizable_layers(ByProperty())] == ["a.weight"]
+
 
 def test_a_mode_is_a_plain_value():
     for mode in quantize.MODES.values():

@@ -67,20 +67,27 @@ def read_kept(args: Namespace) -> Kept:
 
 def _choose_mode(args: Namespace, content: dict[str, Any]) -> tuple[quantize.ProjectionMode, dict[str, Any]]:
     """The mode, and by which quantizer's flags it was chosen. Those that the checkpoint has do not hold where the user gives
-    another mode or quantizer that they do not go with."""
+    another mode or quantizer that they do not go with, which is said."""
     name = _given_or_kept(args, content, "projection_mode", [*quantize.MODES, None])
     kept = {
         "quantizer": _given_or_kept(args, content, "quantizer", [*quantize.ALL_QUANTIZERS, None]),
         "bits": _given_or_kept(args, content, "bits", [*range(1, 9), None]),
         "by_row": _given_or_kept(args, content, "by_row", [False, True]),
     }
-    try:
-        return choose_mode(name, **kept), kept
-    except UsageError:
-        if not {"projection_mode", "quantizer"} & args.typed:
-            raise
-        given = {flag: getattr(args, flag) for flag in kept}
-        return choose_mode(name, **given), given
+    given = {flag: getattr(args, flag) for flag in kept}
+    tried = [kept]
+    if {"projection_mode", "quantizer"} & args.typed:
+        tried += [kept | {"quantizer": given["quantizer"]}, given | {"quantizer": kept["quantizer"]}, given]
+    for chosen in tried:
+        try:
+            mode = choose_mode(name, **chosen)
+        except UsageError as error:
+            refused = error
+            continue
+        if left := [f"--{flag} {value}" for flag, value in kept.items() if value != chosen[flag]]:
+            warn(f"{' '.join(left)} of the checkpoint: left out, since it does not go with --projection_mode {name} as given")
+        return mode, chosen
+    raise refused
 
 
 def evaluate(args: Namespace) -> int:
@@ -100,7 +107,8 @@ def evaluate(args: Namespace) -> int:
     tasks.check_words(kept.content, sets.words, path)
     model = load_model(kept, sets.classes).to(device, memory_format=torch.channels_last)
 
-    log.info(f"{path}: {kept.model} {kept.config} on {source}, projection mode {mode.name}, in {precision.in_words}")
+    quantizer = f", quantizer {mode.shown.in_words}" if mode.projects else ""
+    log.info(f"{path}: {kept.model} {kept.config} on {source}, projection mode {mode.name}{quantizer}, in {precision.in_words}")
     task = tasks.task_of(kept.dataset)
 
     def say(words: str, network: nn.Module) -> None:

@@ -88,6 +88,7 @@ def _open_closed_streams() -> None:
     """
     nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
     while nowhere <= 2:
+        os.set_inheritable(nowhere, True)  # to the processes of a run, too
         nowhere = os.dup(nowhere)
     sys.stdout = sys.stdout or os.fdopen(os.dup(nowhere), "w")
     sys.stderr = sys.stderr or os.fdopen(os.dup(nowhere), "w")

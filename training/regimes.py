@@ -271,8 +271,9 @@ def _check_entries(regime: Regime) -> None:
         optimizer = entry.get("optimizer", "SGD")
         if not isinstance(optimizer, str) or optimizer not in OPTIMIZERS:
             raise UsageError(f"--regime: epoch {epoch}: optimizer {optimizer!r} is not one of {', '.join(OPTIMIZERS)}")
-        if not _is_number(entry.get("lr", 0.0)):
-            raise UsageError(f"--regime: epoch {epoch}: lr {entry['lr']!r} is not a number")
+        rate = entry.get("lr", 0.0)
+        if not (_is_number(rate) and is_finite(rate)):
+            raise UsageError(f"--regime: epoch {epoch}: lr {rate!r} is not a finite number")
         for name in (name for name in OWN if name in entry):
             _check_own(epoch, name, entry[name])
 
