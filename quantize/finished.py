@@ -31,13 +31,10 @@ def check_quantized(names: Iterable[str], weights: Sequence[Tensor], quantizer: 
     """Raises NotQuantized, with the name, if a tensor holds other values than -1 and +1 where those are the quantizer's, or more
     values than it has, in a row where each has its own."""
     for name, weight in zip(names, weights, strict=True):
-        here = local(weight.detach())
-        if quantizer.at_ends:
-            if over_all(weight, here.abs().ne(1).any().float(), "max"):
-                raise NotQuantized(f"{name} holds other values than -1 and +1 after its freeze by {mode}: {_CAUSE}")
-            continue
-        found = int(over_all(weight, _values_in(here, quantizer.by_row), "max"))
-        if found > quantizer.values:
+        found = values_beyond(weight, quantizer)
+        if found and quantizer.at_ends:
+            raise NotQuantized(f"{name} holds other values than -1 and +1 after its freeze by {mode}: {_CAUSE}")
+        if found:
             where = " in a row" if quantizer.by_row else ""
             raise NotQuantized(
                 f"{name} holds {found} different values{where} after its freeze, where {mode} with {quantizer.bits} bits has at "
@@ -46,6 +43,16 @@ def check_quantized(names: Iterable[str], weights: Sequence[Tensor], quantizer: 
 
 
 _CAUSE = "weights that are not quantized were loaded into the frozen model"
+
+
+def values_beyond(weight: Tensor, quantizer: Quantizer) -> int:
+    """How many different values a tensor holds, or the row with the most where each has its own, if those are more than the
+    quantizer gives, or others than -1 and +1 where those are its values; else 0."""
+    here = local(weight.detach())
+    found = int(over_all(weight, _values_in(here, quantizer.by_row), "max"))
+    if quantizer.at_ends:
+        return found if over_all(weight, here.abs().ne(1).any().float(), "max") else 0
+    return found if found > quantizer.values else 0
 
 
 def levels_alone(weight: Tensor, quantizer: Quantizer) -> Tensor:

@@ -33,7 +33,7 @@ def reasons(model: nn.Module, mode: ProjectionMode) -> dict[str, str]:
             elif not parameter.requires_grad and id(parameter) in layers:
                 reason = "left as it is: requires_grad is False"
             elif id(parameter) in layers:
-                reason = f"in full precision: the network's first or last layer, which {mode.name} spares"
+                reason = f"in full precision: the first or last of the layers that can be quantized, which {mode.name} spares"
             elif any(own.startswith(one) for one in asking):
                 reason = "in full precision: the network says so (its method quantizable())"
             elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

@@ -29,8 +29,8 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """All metrics of all quantized parameters: ``{"binary" | "quant_error" | "sign_change": {parameter name: value}}``.
 
-    ``latent`` are the weights now, ``quantized`` their hard quantization, ``start`` the weights (or their signs) at the start of
-    the run. Reads back from the device once. Empty where nothing is quantized.
+    ``latent`` are the weights now, ``quantized`` their hard quantization, ``start`` copies of the weights (or their signs) at the
+    start of the run. Reads back from the device once. Empty where nothing is quantized.
     """
     if not latent:
         return {}

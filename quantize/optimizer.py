@@ -204,7 +204,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     @property
     def latent(self) -> dict[str, Tensor]:
         """The latent weights by name: this wrapper's own in a lazy mode, else the model's weights (those in training, also inside
-        ``hard_quantized()``)."""
+        ``hard_quantized()``). No copies: they change with each step."""
         if self.frozen:
             return {name: parameter.detach() for name, parameter in self._named()}
         return self._by_name([now.latent for now in self._now()])
@@ -216,7 +216,7 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     @property
     def levels(self) -> dict[str, Tensor]:
-        """Learned levels by name, ``(2,)``: the positive and the negative one. Empty in modes that learn none."""
+        """Learned levels by name, ``(2,)``: the positive and the negative one; no copies. Empty in modes that learn none."""
         if self.frozen:
             return self._by_name([projection.frozen_levels() for projection in self._projections])
         return self._by_name([now.levels for now in self._now()])
@@ -418,6 +418,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _load_projections(self, found: saving.Found) -> None:
         if found.frozen:
+            for projection in self._projections if not self.frozen else ():
+                projection.show_finished()
             self._end_projection(quantized=False)
         for projection, content in zip(self._projections, found.projections, strict=True):
             projection.load(*content)
@@ -447,7 +449,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     def _keep_frozen_out(self) -> None:
         frozen = {id(parameter) for _, parameter in self._named()}
         for group in self.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in frozen]
+            stay = [id(parameter) not in frozen for parameter in group["params"]]
+            for key in {"params", "param_names"} & group.keys():  # torch's names, where it was given them
+                group[key] = [one for one, stays in zip(group[key], stay, strict=True) if stays]
         for _, parameter in self._named():
             self.state.pop(parameter, None)
 

@@ -21,11 +21,11 @@ class _PackedWeight(nn.Module):
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
-        # Packed in the order in which it lies in memory: how torch computes depends on that, to the last bit.
-        turned = weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
-        in_order = weight.permute(0, 2, 3, 1) if turned else weight.contiguous()
-        self._size, self._stride = weight.shape, weight.stride() if turned else in_order.stride()
-        coded = codes.encode(in_order)
+        # How torch computes depends on the order in which a weight lies in memory, to the last bit. The codes, which a state_dict
+        # has without their order, lie in that of the indices.
+        self._turned = weight.dim() == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        self._stride = weight.stride() if self._turned else weight.contiguous().stride()
+        coded = codes.encode(weight.contiguous())
         self._shape, self._coding = coded.shape, coded.coding
         self.register_buffer("codes", coded.codes.to(weight.device))
         self.register_buffer("levels", coded.levels.to(weight.device))
@@ -35,7 +35,10 @@ class _PackedWeight(nn.Module):
     def weight(self) -> Tensor:
         """The float weight, unpacked anew each time."""
         coded = codes.Coded(self._shape, self.levels.dtype, self._coding, self.codes, self.levels)
-        return codes.decode(coded).as_strided(self._size, self._stride)
+        weight = codes.decode(coded)
+        if self._turned:
+            return torch.empty_strided(self._shape, self._stride, dtype=weight.dtype, device=weight.device).copy_(weight)
+        return weight.as_strided(self._shape, self._stride)
 
 
 class PackedLinear(_PackedWeight):
@@ -79,7 +82,8 @@ def pack_layers(model: nn.Module, names: Collection[str]) -> list[str]:
 
     Args:
         model: changed in place; hard-quantized.
-        names: of the quantized weights, as in its state_dict. Those of other layers than linear ones and 2-D convolutions stay.
+        names: of the quantized weights, as in its state_dict. Those of other layers than linear ones and 2-D convolutions stay,
+            and layers with hooks.
 
     Returns:
         The names of the weights that are packed now.
@@ -91,7 +95,7 @@ def pack_layers(model: nn.Module, names: Collection[str]) -> list[str]:
     packed: dict[int, nn.Module] = {}  # a layer that the network has in two places stays one layer
     for prefix, layer in model.named_modules(remove_duplicate=False):
         name = f"{prefix}.weight"
-        if not prefix or name not in names or type(layer) not in _LAYERS:
+        if not prefix or name not in names or type(layer) not in _LAYERS or _does_more(layer):
             continue
         if id(layer) not in packed:
             try:
@@ -103,6 +107,11 @@ def pack_layers(model: nn.Module, names: Collection[str]) -> list[str]:
         parent, _, last = prefix.rpartition(".")
         setattr(model.get_submodule(parent), last, layer)
     return [f"{prefix}.weight" for prefix in places]
+
+
+def _does_more(layer: nn.Module) -> bool:
+    """Whether somebody has added to what a layer of its kind computes."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or "forward" in layer.__dict__
 
 
 def load_packed_layers(path: str | os.PathLike, model: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quantize.blocks import Block, blocks_of
 from quantize.checks import warn_of_half_precision
-from quantize.finished import check_finite, check_quantized, levels_alone
+from quantize.finished import check_finite, check_quantized, levels_alone, values_beyond
 from quantize.groups import Groups
 from quantize.modes import ProjectionMode
 from quantize.selectors import FROZEN_BY
@@ -317,7 +317,7 @@ class Projection:
         self.hold(now)
         for index, weights in self._shown_apart.items():
             kept[index] |= parameters[index] == weights
-        for index, parameter in enumerate(parameters) if not self.mode.quantizer.at_ends else ():
+        for index, parameter in enumerate(parameters):
             local(kept[index]).logical_and_(~of_another(parameter, kept[index], shown[0][index], self.mode.quantizer, loaded))
         everywhere = any(map(is_sharded, parameters))  # all processes take sums of all then
         found = {index: self._with_written(index, kept[index]) for index in (range(len(parameters)) if everywhere else suspects)}
@@ -422,6 +422,17 @@ class Projection:
         return [(tensor.dtype, tensor.device, tensor.stride()) for tensor in tensors]
 
     # The end of the projection, and loading.
+
+    def show_finished(self) -> None:
+        """Weights that were finished when they were wrapped are put back: a lazy mode has shown their projection since then, which
+        need not be the same."""
+        if not self.mode.lazy:
+            return
+        self._follow()
+        for parameter, latent, mark, shown in zip(self.parameters, self.latent, self._marks(), self._shown_marks, strict=True):
+            written = over_all(parameter, torch.tensor(float(mark != shown), device=parameter.device), "max")
+            if not values_beyond(latent, self.mode.quantizer) and not written:
+                parameter.copy_(latent)
 
     def end(self, quantized: bool) -> None:
         """Lets go of what only training needs, and marks the parameters as quantized for good; they may yet have to be loaded."""

@@ -17,7 +17,7 @@ from quantize.written import Snapshot
 _LATENT, _LEVELS = "latent", "levels"
 _MODES, _STRENGTHS, _DRAWS, _FROZEN = "projection_modes", "projection_strengths", "projection_draws", "projection_frozen"
 _SHOWN = "shown"  # by the model in a lazy mode, where it is not what is made of the latent weights
-_NAMES = "projection_names"  # of the parameters with latent weights of their own, with their numbers in the state
+_NAMES = "projection_names"  # of the parameters in training, with their numbers in the state
 _QUANTIZERS = "projection_quantizers"
 _BASE = "projection_base"  # the kind of the base optimizer
 _FROZEN_LEVELS = "projection_levels"  # learned ones, once the parameters have no entries in the state any more
@@ -53,7 +53,7 @@ def to_torch(
     """The state of the base optimizer together with that of the projections, each as it is now unless they are frozen."""
     base = optimizer.state_dict()
     state = {index: dict(entry) for index, entry in base["state"].items()}
-    index_of, names = _indices(optimizer.param_groups), {}
+    index_of, names, apart_from_model = _indices(optimizer.param_groups), {}, False
     for projection, (shown, latent, levels, written) in zip(projections, now, strict=True) if not frozen else ():
         apart = projection.shown_apart(written)
         for number, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
@@ -64,10 +64,11 @@ def to_torch(
                 own[_SHOWN] = shown[number].clone()
             if levels:
                 own[_LEVELS] = levels[number].clone()
+            names[name] = index_of[id(parameter)]
             if own:
-                names[name] = index_of[id(parameter)]
+                apart_from_model = True
                 state.setdefault(index_of[id(parameter)], {}).update(own)
-    if names:  # torch's distributed checkpoints want entries of all parameters or of none
+    if apart_from_model:  # torch's distributed checkpoints want entries of all parameters or of none
         for index in index_of.values():
             state.setdefault(index, {})
     common = {
@@ -134,6 +135,7 @@ def _taken_apart(
     state = {index: dict(entry) for index, entry in content["state"].items()}
     found = []
     key_of = {} if common[_FROZEN] else _keys(groups, optimizer.param_groups)
+    _compare_names(common.get(_NAMES) or {}, key_of, projections)
     for number, projection in enumerate(projections):
         latent, levels, shown = [], [], {}
         for index, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
@@ -179,7 +181,8 @@ def levels_in(content: Mapping[str, Any]) -> dict[str, Tensor]:
 def _by_name(content: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
     groups = content.get("param_groups") or [{}]
     numbers = groups[0].get(_NAMES, {})
-    return {name: content["state"][index][kind] for name, index in numbers.items() if kind in content["state"][index]}
+    entries = {name: content["state"].get(index, {}) for name, index in numbers.items()}
+    return {name: entry[kind] for name, entry in entries.items() if kind in entry}
 
 
 def _from_before(content: Mapping[str, Any], projections: Sequence[Projection], frozen: bool) -> Found:
@@ -215,6 +218,28 @@ def _compare_base(groups: Sequence[Mapping[str, Any]], common: Mapping[str, Any]
         )
     if any("lr" not in group for group in groups if group["params"]):
         raise ValueError("the state is not whole: its parameter groups lack lr")
+
+
+def _compare_names(theirs: Mapping[str, Any], key_of: Mapping[int, Any], projections: Sequence[Projection]) -> None:
+    """Another network's latent weights would replace the weights, even those of the right shape: torch goes by their order alone.
+
+    States of before have the names of lazy modes only, frozen ones none.
+    """
+    if not theirs or not key_of:
+        return
+    given = {_plain(name): key for name, key in theirs.items()}
+    pairs = [(one.mode.lazy, _plain(name), p) for one in projections for name, p in zip(one.names, one.parameters, strict=True)]
+    own = {name: key_of[id(parameter)] for _, name, parameter in pairs}
+    lazy = {name for is_lazy, name, _ in pairs if is_lazy}
+    if given.keys() not in (own.keys(), lazy):
+        different = sorted(given.keys() ^ own.keys())
+        raise ValueError(
+            f"the state is of other parameters: {len(given)} are quantized there, {len(own)} here, and {different[0]!r} "
+            f"{'there' if different[0] in given else 'here'} alone"
+        )
+    for name, key in given.items():
+        if isinstance(own[name], int) and own[name] != key:  # torch's distributed checkpoints go by name
+            raise ValueError(f"the state has the parameters in another order: {name!r} is number {key} there, {own[name]} here")
 
 
 def _kinds(optimizer: Optimizer) -> list[str]:

@@ -73,12 +73,17 @@ def among(given: Tensor, shown: Sequence[Tensor], loaded: Loaded | None) -> Tens
 def of_another(given: Tensor, kept: Tensor, shown: Tensor, quantizer: Quantizer, loaded: Loaded | None) -> Tensor:
     """Whether a tensor, or each row, that is not ``kept`` as it was shown holds levels alone: then it is of another quantized
     network, of whose levels some may be the same, and all of it was written. But where the rest is zeros, which are a mask's; and
-    after a loaded state where it is few entries at other levels, which rounding may have put there."""
+    after a loaded state where it is few entries at other levels, which rounding may have put there.
+
+    Of the levels -1 and +1 half are the same in every network: few others are signs that somebody turned. And a network that was
+    clipped there has some of them among its weights, so that all of it was written where more than half was."""
     quantized = levels_alone(given, quantizer)
     others = ~local(kept) & (local(given) != 0)
     count = others.flatten(1).sum(1) if quantized.dim() else others.sum()
     count = over_group(given, quantized.dim() > 0, count.float(), "sum")
     length = given.numel() // max(1, len(given) if quantized.dim() else 1)
+    if quantizer.at_ends:
+        return count > torch.where(quantized, length / 16, length / 2)
     by_rounding = levels_alone(shown, quantizer) * (length / 16 if loaded else 0)
     return quantized & (count.view(quantized.shape) > by_rounding)
 
