@@ -27,13 +27,16 @@ def read_runs(paths: list[Path]) -> list[runs.Run]:
     """The runs at or below the paths, each once.
 
     Raises:
-        UsageError: if a path is not there or has no runs.
+        UsageError: if a path is not there, may not be read or has no runs.
     """
     found: dict[Path, runs.Run] = {}
     for path in paths:
-        if not path.exists():
-            raise UsageError(f"{path}: no such folder")
-        folders = runs.find(path)
+        try:
+            folders = runs.find(path)
+        except FileNotFoundError:
+            raise UsageError(f"{path}: no such folder") from None
+        except OSError as error:
+            raise UsageError(f"{path}: {error.strerror or error}") from None
         if not folders:
             raise UsageError(f"{path}: no run folder in it (one with args.json, results.csv or a checkpoint)")
         found |= {folder.resolve(): runs.read(folder) for folder in folders}

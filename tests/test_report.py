@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import forks
@@ -138,8 +139,9 @@ def study(tmp_path_factory) -> Path:
     return root
 
 
-def run_report(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [forks.python(), str(ROOT / "scripts" / "report.py"), *map(str, arguments)]
+def run_report(*arguments: object, cwd: Path = ROOT, under: Sequence[str] = ()) -> subprocess.CompletedProcess:
+    python = sys.executable if under else forks.python()  # a fork has the rights of what it was forked from
+    command = [*under, python, str(ROOT / "scripts" / "report.py"), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=environment)
 
@@ -420,6 +422,48 @@ def test_a_run_that_died_before_it_wrote_anything_is_told(tmp_path):
             assert listed.count(f"| results/{name} | - | - | it ended before it began to train: none of args.json") == 1
 
 
+@pytest.fixture
+def ordinary_user() -> list[str]:
+    """The words before a command that make it one of a user who can be refused something, which root cannot."""
+    words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+    if os.geteuid() != 0:
+        return []
+    if not shutil.which("setpriv") or subprocess.run([*words, "true"], capture_output=True).returncode:
+        pytest.skip("root, and no setpriv that could give its rights away")
+    return words
+
+
+@pytest.fixture
+def locked(tmp_path) -> Iterator[Path]:
+    """A folder with a run that is counted, and with runs in folders that may not be read, or not be entered."""
+    results = tmp_path / "results"
+    for number, (name, mode) in enumerate({"prox_run_0": 0o755, "prox_run_1": 0, "others": 0, "listed": 0o444}.items()):
+        make_run(results / name, "prox", number, 20.0)
+        (results / name).chmod(mode)
+    yield results
+    for folder in (results, *results.iterdir()):
+        folder.chmod(0o755)
+
+
+def test_folders_that_may_not_be_read_are_named(locked, tmp_path, ordinary_user):
+    done = run_report(locked, "--out", tmp_path / "out", under=ordinary_user)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 of 4 runs in 1 groups" in done.stdout
+    listed = (tmp_path / "out" / "report.md").read_text().split("## Left out")[1]
+    for name in ("prox_run_1", "others"):
+        assert listed.count(f"| results/{name} | - | - | its folder cannot be read (Permission denied)") == 1
+    assert listed.count("| results/listed | - | - | its args.json cannot be read |") == 1
+
+
+@pytest.mark.parametrize(("mode", "below"), [(0, ""), (0o444, ""), (0, "prox_run_0"), (0, "prox_run_0.out")])
+def test_a_place_that_may_not_be_read_is_said_in_one_line(locked, tmp_path, ordinary_user, mode, below):
+    """One that was given, and one that lies in such a one."""
+    locked.chmod(mode)
+    done = run_report(locked / below, "--out", tmp_path / "out", under=ordinary_user)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"report.py: error: {locked / below}: Permission denied\n"
+
+
 def test_out_that_cannot_be_written(tmp_path, capsys):
     make_run(tmp_path / "run", "prox", 0, 20.0)
     (tmp_path / "file").write_text("kept")
@@ -469,6 +513,8 @@ def collected(*folders: Path) -> tuple[list[groups.Group], list[groups.LeftOut]]
         ({"holdout": 0}, False),
         ({"holdout": None}, False),
         ({"compile": "auto"}, False),
+        ({"device": "cpu"}, False),
+        ({"device": "cuda"}, False),
         ({"compile": "on", "capture": True}, False),
         ({"holdout": 500}, True),
         ({"a_flag_to_come": 3}, True),
@@ -504,6 +550,29 @@ def test_what_ran_sets_groups_apart(tmp_path, facts):
     assert len(collected(first, second)[0]) == 1
     add_facts(second, **facts)
     assert len(collected(first, second)[0]) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "left"),
+    [
+        ("MNIST in Datasets", "MNIST"),
+        ("MNIST in /data/Datasets", "MNIST"),
+        ("CIFAR10 in Datasets, just downloaded", "CIFAR10"),
+        ("class folders in my data in there/CIFAR10", "class folders"),
+        ("class folders in a; b", "class folders"),
+        ("class folders in Datasets, validated on 5000 held out training images", "class folders"),
+        ("text in my_text", "text"),
+        ("the sample in the repository (a part of Fashion-MNIST)", "the sample in the repository (a part of Fashion-MNIST)"),
+    ],
+)
+def test_where_a_data_set_lies_sets_no_groups_apart(tmp_path, source, left):
+    """As args.json has it, and as the log has it of older runs."""
+    facts = {"source": source, "samples": "images", "training": 50000, "validation": 10000}
+    new = add_facts(make_run(tmp_path / "new", "prox", 0, 20.0), data=facts)
+    old = add_facts(make_run(tmp_path / "old", "prox", 1, 20.0), data=None)
+    (old / "log.txt").write_text(f"2026-01-01 00:00:00 data: {source}; 50000 training and 10000 validation images\n")
+    for folder in (new, old):
+        assert runs.read(folder).data == f"{left}; 50000 training and 10000 validation images"
 
 
 def test_a_mode_without_strength_has_one_group_whatever_was_written(tmp_path):
@@ -551,6 +620,22 @@ def test_facts_set_groups_apart(tmp_path, fact, values, words):
         add_facts(make_run(tmp_path / name, "prox", ord(name), 20.0), **{fact: value})
     found = collected(tmp_path / "a", tmp_path / "b")[0]
     assert [words in group.schedule for group in found] == [False, True]
+
+
+def test_numbers_of_processes_are_those_of_all_parts_of_a_run(tmp_path):
+    """A run that went on with others is neither one of the first number nor one of the last; in which order, is not told."""
+    parts = {"a": (1,), "b": (1, 1), "c": (4,), "d": (1, 4), "e": (4, 1, 4), "f": (2, 16, 1)}
+    for seed, (name, (first, *others)) in enumerate(parts.items()):
+        continued = [{"processes": count} for count in others]
+        add_facts(make_run(tmp_path / name, "prox", seed, 20.0), processes=first, continued=continued)
+    found = collected(*sorted(tmp_path.iterdir()))[0]
+    told = {"".join(run.folder.name for run in group.runs): group.schedule.split(", ", 5)[-1] for group in found}
+    assert told == {
+        "ab": "bf16",
+        "c": "4 processes, bf16",
+        "de": "1 and 4 processes, bf16",
+        "f": "1, 2 and 16 processes, bf16",
+    }
 
 
 @pytest.mark.parametrize("difference", [{}, {"tf32": True}, {"batch_size": 64}])

@@ -6,6 +6,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+_OF_THE_REPOSITORY = "the sample in the repository"  # which is no place: it is everywhere the same
+
+
+def parts(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """The facts of each part of a run: of its beginning, and of every time that it was continued."""
+    found = facts.get("continued")
+    return [facts, *(part for part in found if isinstance(part, dict))] if isinstance(found, list) else [facts]
+
+
+def processes(facts: dict[str, Any]) -> str:
+    """How many processes trained a run together: ``4``, or ``1 and 4`` where it went on with another number of them."""
+    counts = {str(part.get("processes", 1)) for part in parts(facts)}  # 1: of a version that knew no other number
+    *others, last = sorted(counts, key=lambda count: (len(count), count))
+    return " and ".join(filter(None, [", ".join(others), last]))
+
 
 def latest(facts: dict[str, Any]) -> dict[str, Any]:
     """The facts of a run's last process, which may have continued it on another machine."""
@@ -52,7 +67,7 @@ def from_log(path: Path) -> dict[str, Any]:
     if "regime" in lines:
         found["regime"] = _regime(lines["regime"])
     if "data" in lines:
-        source, _, counts = lines["data"].partition("; ")
+        source, _, counts = lines["data"].rpartition("; ")  # a folder's name may have the same in it
         found["data"] = f"{_without_place(source)}; {counts}"
     if match := re.search(r" on (.*), seed \d+$", lines.get("run", "")):
         found["computed"] = match[1]
@@ -64,8 +79,11 @@ def from_log(path: Path) -> dict[str, Any]:
 
 
 def _without_place(source: str) -> str:
-    """Where samples come from, less the folder: it says how a machine is set up."""
-    return re.sub(r"( in)? [^ ]*/.*$", "", source)
+    """Where samples come from, less all of the folder and what follows it.
+
+    The folder, and that the samples were just downloaded, say how a machine is set up; how many are held out is ``--holdout``'s.
+    """
+    return source if source.startswith(_OF_THE_REPOSITORY) else source.partition(" in ")[0]
 
 
 def _regime(text: str) -> dict[int, dict[str, Any]] | None:

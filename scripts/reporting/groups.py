@@ -13,6 +13,7 @@ import data
 import models
 import quantize
 from reporting import runs, weights
+from reporting.facts import processes
 from reporting.measures import Measure
 from reporting.runs import Run
 from reporting.schedules import DATA, PRECISION, PROCESSES, REGIME, STRENGTH, schedule_text, shown
@@ -20,8 +21,9 @@ from reporting.statistics import Spread, spread
 from training import checkpoints, regimes
 from training.arguments import DERIVED, MAY_CHANGE, build_parser
 
-# What may differ inside a group: the seed, where things lie, and what changes no number but by rounding.
-FREE = {"seed", *MAY_CHANGE, *DERIVED}
+# What may differ inside a group: the seed, where things lie, and what changes no number but by rounding. The device is one of
+# these: auto may have found the very one that another seed asked for. The table of hardware says which ones ran.
+FREE = {"seed", "device", *MAY_CHANGE, *DERIVED}
 _NAMES = {"modes": quantize.MODES, "models": models.MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
 DEFAULTS = vars(build_parser(**_NAMES).parse_args([]))
 
@@ -38,7 +40,7 @@ def identity(run: Run) -> dict[str, Any]:
     if run.facts.get("precision"):
         kept[PRECISION] = run.facts["precision"]
         del kept["precision"]
-    kept[PROCESSES] = run.facts.get("processes", 1)
+    kept[PROCESSES] = processes(run.facts)
     kept[DATA] = run.data
     kept[REGIME] = run.regime or sorted({row.get("lr") or 0 for row in run.rows})
     # A rate that was typed and a default can look alike among the arguments and still act differently. Where a mode has no

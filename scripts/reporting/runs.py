@@ -123,12 +123,19 @@ class Run:
 def find(path: Path) -> list[Path]:
     """The run folders at or below a path, the least deep first, then by name; those of runs that left but output or a log, too.
 
-    A path may also be such an output. What is part of the repository is found by a path of its own alone.
+    A path may also be such an output. What is part of the repository is found by a path of its own alone. Folders below the path
+    that may not be read are among the runs: what is in them is not known, and ``read`` says so.
+
+    Raises:
+        OSError: if the path itself is not there, or may not be read or entered.
     """
-    if (lost := _LOST.fullmatch(path.name)) and path.is_file():
-        return [path.with_name(lost[1])]
+    if os.path.isfile(path):
+        lost = _LOST.fullmatch(path.name)
+        return [path.with_name(lost[1])] if lost else []
+    os.listdir(os.path.join(path, "."))  # with the dot it also takes the right to enter
     found: list[Path] = []
-    for folder, folders, files in os.walk(path):
+    unreadable: list[OSError] = []
+    for folder, folders, files in os.walk(path, onerror=unreadable.append):
         if KEPT in files and Path(folder) != path:
             folders.clear()
             continue
@@ -138,7 +145,8 @@ def find(path: Path) -> list[Path]:
         elif "log.txt" in files and _NAMED.fullmatch(Path(folder).name):
             found.append(Path(folder))  # it ended before it wrote a mark
         found += [Path(folder) / match[1] for match in map(_LOST.fullmatch, files) if match]
-    if not found and _NAMED.fullmatch(path.name) and path.is_dir():
+    found += [Path(error.filename) for error in unreadable]
+    if not found and _NAMED.fullmatch(path.name):
         found.append(path)
     # Of two runs with one seed the first counts: rather the one in the experiment's folder than a copy somewhere below.
     return sorted(set(found), key=lambda run: (len(run.parts), natural_order(run)))
@@ -151,9 +159,14 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
 
 def read(folder: Path) -> Run:
     """Reads a run's folder; what is wrong with it is its ``problem``."""
-    if not os.path.isdir(folder):  # which, unlike Path.is_dir, takes any text for a name
+    try:
+        files = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
         return Run(folder, problem="it never began: there is only its output, a .out file, and no folder")
-    if not any(os.path.exists(folder / mark) for mark in _MARKS):
+    except (OSError, ValueError) as error:  # ValueError: a text that can be no path, as a warm start's may be
+        reason = getattr(error, "strerror", None) or error
+        return Run(folder, problem=f"its folder cannot be read ({reason}): whether runs are in it is not known")
+    if not any(mark in files for mark in _MARKS):
         return Run(folder, problem=f"it ended before it began to train: none of {', '.join(_MARKS)} is in its folder")
     try:
         content = json.loads((folder / "args.json").read_text())

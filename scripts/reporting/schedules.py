@@ -24,7 +24,7 @@ def schedule_text(run: Run, identity: dict[str, Any]) -> str:
     rates = [name for name, values in unsaid.items() if run.mode is not None and identity[name] not in values]
     words += [f"{name} {shown(identity[name])}" for name in rates]
     words += [name for name in ("keep_optimizer_state", "adjust_reg", "tf32") if identity.get(name)]
-    if identity[PROCESSES] != 1:
+    if identity[PROCESSES] != "1":
         words.append(f"{shown(identity[PROCESSES])} processes")
     return ", ".join([*words, str(identity.get(PRECISION, "precision ?"))])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from reporting import tables
-from reporting.facts import computed
+from reporting.facts import computed, parts
 from reporting.families import families
 from reporting.groups import Group, LeftOut, begins_with_best, checksum, method_of
 from reporting.measures import ERROR, PERPLEXITY
@@ -227,7 +227,7 @@ def _section(section: Section, pairs: Sequence[Comparison], drawn: Sequence[Pict
 def _machines(groups: Sequence[Group]) -> str:
     rows = []
     for group in groups:
-        processes = [facts for run in group.runs for facts in (run.facts, *_continued(run))]
+        processes = [facts for run in group.runs for facts in parts(run.facts)]
         seconds = [row["seconds"] for run in group.runs for row in run.rows if row.get("seconds") is not None]
         rows.append([
             group.number, group.method, " ".join(map(str, group.seeds)), _distinct(facts.get("device") for facts in processes),
@@ -240,13 +240,7 @@ def _machines(groups: Sequence[Group]) -> str:
 
 def _computed(run: Run) -> list[str | None]:
     """How each of a run's processes has computed; as the run's last one says where they do not."""
-    return [computed(facts) or run.computed for facts in (run.facts, *_continued(run))]
-
-
-def _continued(run: Run) -> list[dict[str, Any]]:
-    """The facts of the processes that continued a run."""
-    found = run.facts.get("continued")
-    return [facts for facts in found if isinstance(facts, dict)] if isinstance(found, list) else []
+    return [computed(facts) or run.computed for facts in parts(run.facts)]
 
 
 def _versions(facts: dict[str, Any]) -> str | None:
