@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from sources.batches import EVERYTHING, Batches, Share, TrainingBatches, ValidationBatches
+from sources.digest import digest_of
 from sources.images import READERS, Say, hold_out, read_small_images
 from sources.text import FILES, read_text, training_windows, validation_windows
 
@@ -16,12 +17,14 @@ MIRRORED = {"mnist": False}  # digits are the one set here whose mirror images a
 
 @dataclass(frozen=True)
 class Data:
-    """The splits of a data set, its number of classes, where it came from in words; and of a text, its test split and its words."""
+    """The splits of a data set, its number of classes, where it came from in words, what tells it from another, as a sha256 in
+    hexadecimal digits; and of a text, its test split and its words."""
 
     train: Batches
     validation: Batches
     classes: int
     source: str
+    digest: str
     test: Batches | None = None
     words: tuple[str, ...] = ()
 
@@ -59,19 +62,21 @@ def load(
         text = read_text(name, data_dir)
         validation, test = (validation_windows(tokens, device) for tokens in (text.validation, text.test))
         train = training_windows(text.train, batch_size, device)
-        return Data(train, validation, len(text.words), text.source, test, text.words)
+        digest = digest_of(text.train.numpy(), text.validation.numpy(), text.test.numpy(), "\n".join(text.words))
+        return Data(train, validation, len(text.words), text.source, digest, test, text.words)
     if name == "imagenet":
         from sources.imagenet import load_imagenet  # on first use: it needs torchvision, which is slow to import
 
-        found = load_imagenet(data_dir, device, batch_size, seed, workers, input_size or 224, share, holdout)
-        return _named(Data(*found), holdout)
+        *found, names = load_imagenet(data_dir, device, batch_size, seed, workers, input_size or 224, share, holdout)
+        return _named(Data(*found, digest_of(names)), holdout)
     images = read_small_images(name, data_dir, say)
     train, validation = images.train, images.test
+    digest = digest_of(*(array for split in (train, validation) for array in (split.images, split.labels)))
     if holdout:
         kept, held = hold_out(len(train.labels), holdout)
         train, validation = train.take(kept), train.take(held)
     batches = TrainingBatches(train, batch_size, seed, device, MIRRORED.get(name, True), share)
-    return _named(Data(batches, ValidationBatches(validation, device, share), images.classes, images.source), holdout)
+    return _named(Data(batches, ValidationBatches(validation, device, share), images.classes, images.source, digest), holdout)
 
 
 def _named(data: Data, holdout: int) -> Data:

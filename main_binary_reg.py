@@ -42,7 +42,7 @@ from training.folder import Run, facts_of_machine
 from training.log import log, log_to_terminal, warn
 from training.processes import Processes, check_synchronized, here, joined, launch, started_by_torchrun, synchronized
 from training.state import State, computed_before
-from training.tasks import check_words, task_of
+from training.tasks import check_data, check_words, task_of
 from utils import CannotWrite, UsageError
 
 
@@ -95,6 +95,7 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
         check_synchronized(sets.train.samples, args.batch_size, processes.share.count)
     if run.checkpoint is not None:
         check_words(run.checkpoint, sets.words, run.folder)
+        check_data(run.checkpoint, sets.digest, args.data_dir, run.folder)
     begin = functools.partial(warm_start.load, model, args.resume, task, sets.words)
     started_from = begin() if args.resume and run.checkpoint is None else None
 
@@ -107,7 +108,8 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
     optimizer = wrap(base_optimizer, model, args)
     start_signs = signs_of(optimizer)
     meter, carried = task.meter(device, processes.total), task.carried(model, sets.train)
-    state = State(task, model, optimizer, start_signs, meter, carried, args.start_epoch, sets.words, warm_start=started_from)
+    begun = {"words": sets.words, "data": sets.digest, "warm_start": started_from}
+    state = State(task, model, optimizer, start_signs, meter, carried, args.start_epoch, **begun)
     steps = (args.epochs - args.start_epoch) * len(sets.train) if task.gains_by_compiling else 0
     compiled = computing.select_compile(args.compile, device, steps)
 

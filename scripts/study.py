@@ -86,7 +86,7 @@ class Schedule:
         """The same shape at a fraction of the length; frozen before the end in any case."""
         epochs = max(1, round(self.epochs / divisor))
         freeze = None if self.freeze_epoch is None else min(round(self.freeze_epoch / divisor), epochs - 1)
-        rates = {round(epoch / divisor): rate for epoch, rate in self.rates.items()}
+        rates = {round(epoch / divisor): rate for epoch, rate in self.rates.items() if epoch == 0 or round(epoch / divisor) > 0}
         return replace(self, epochs=epochs, freeze_epoch=freeze, batch_size=batch_size, rates=rates, flags=None)
 
     def pulling(self, total: float) -> "Schedule":

@@ -15,6 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from sources.batches import EVERYTHING, MEAN, STD, Share, generator
 from sources.images import hold_out
+from sources.paths import reading
 from utils import UsageError
 
 FOLDERS = ("imagenet", "ImageNet", "Imagenet", ".")
@@ -22,15 +23,17 @@ FOLDERS = ("imagenet", "ImageNet", "Imagenet", ".")
 
 def load_imagenet(
     data_dir: Path, device: torch.device, batch_size: int, seed: int, workers: int, input_size: int, share: Share, holdout: int
-) -> tuple["FolderBatches", "FolderBatches", int, str]:
-    """Training batches, validation batches, number of classes and source, from ``train/<class>/*`` and ``val/<class>/*``.
+) -> tuple["FolderBatches", "FolderBatches", int, str, str]:
+    """Training batches, validation batches, number of classes, source and the images' names, from ``train/<class>/*`` and
+    ``val/<class>/*``.
 
     The arguments are those of ``data.load``.
 
     Raises:
-        UsageError: if a folder is missing or empty, or the splits differ in their classes.
+        UsageError: if a folder is missing, empty or may not be read, or the splits differ in their classes.
     """
-    folder = next((data_dir / name for name in FOLDERS if (data_dir / name / "train").is_dir()), None)
+    with reading("--data_dir", data_dir):
+        folder = next((data_dir / name for name in FOLDERS if (data_dir / name / "train").is_dir()), None)
     if folder is None:
         looked = ", ".join(str(data_dir / name / "train") for name in FOLDERS)
         raise UsageError(f"--data_dir {data_dir}: no ImageNet there; looked for {looked} (train/<class>/*, val/<class>/*)")
@@ -45,6 +48,7 @@ def load_imagenet(
     if train.classes != validation.classes:
         differing = sorted(set(train.classes) ^ set(validation.classes))
         raise UsageError(f"--data_dir: {folder} has the class {differing[0]!r} in only one of train and val")
+    names = "\n".join(path.removeprefix(str(folder)) for path, _ in (*train.samples, *validation.samples))
     if holdout:
         kept, held = hold_out(len(train), holdout)
         train.samples, validation.samples = [train.samples[i] for i in kept], [train.samples[i] for i in held]
@@ -54,6 +58,7 @@ def load_imagenet(
         FolderBatches(validation, shuffled=False, **shared),
         len(train.classes),
         f"class folders in {folder}",
+        names,
     )
 
 

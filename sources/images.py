@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import io
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sources.paths import reading
 from utils import UsageError, write_whole
 
 Say = Callable[[str], object]
@@ -112,10 +114,11 @@ def _read_with_torchvision(class_name: str, folders: tuple[str, ...], data_dir: 
     if found is not None:
         return found
     root = data_dir / folders[0]
-    made = _missing_folders(root)
+    with reading("--data_dir", data_dir):
+        made = _missing_folders(root)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with _locked(data_dir):  # runs that start together download once
+        with _locked(data_dir, say):  # runs that start together download once
             found = read_present()
             if found is None:
                 say(f"{class_name} is not in {data_dir}: downloading it to {root}")
@@ -158,7 +161,9 @@ def _missing_folders(path: Path) -> list[Path]:
 
 def _read_cifar10(data_dir: Path, say: Say) -> SmallImages:
     folder = data_dir / "CIFAR10"
-    if (folder / "train").is_dir() or (folder / "test").is_dir():
+    with reading("--data_dir", data_dir):
+        in_class_folders = (folder / "train").is_dir() or (folder / "test").is_dir()
+    if in_class_folders:
         return _read_class_folders(folder, say)
     return _read_with_torchvision("CIFAR10", ("CIFAR10", "."), data_dir, say)
 
@@ -167,20 +172,21 @@ def _read_cifar10(data_dir: Path, say: Say) -> SmallImages:
 
 
 def _read_class_folders(folder: Path, say: Say) -> SmallImages:
-    files = {split: _list_class_folders(folder / split) for split in ("train", "test")}
+    with reading("--data_dir", folder):
+        files = {split: _list_class_folders(folder / split) for split in ("train", "test")}
     fingerprint = _fingerprint(folder, files)
-    cache = folder / CACHE
-    with _locked(folder):
-        arrays = _read_cache(cache, fingerprint, say)
-        if arrays is None:
-            arrays = {}
-            for split, listed in files.items():
-                arrays[f"{split}_images"] = _decode([path for path, _, _ in listed], split)
-                arrays[f"{split}_labels"] = np.array([label for _, label, _ in listed], dtype=np.int64)
-            try:
-                write_whole(cache, lambda file: np.savez(file, fingerprint=np.array(fingerprint), **arrays))
-            except OSError as error:
-                say(f"warning: the decoded images cannot be kept in {cache} ({_one_line(error)}): the next run decodes them again")
+    cache, say_once = folder / CACHE, functools.cache(say)
+    arrays = _read_cache(cache, fingerprint, say_once)  # without the lock: it is whole whenever it is there
+    if arrays is None:
+        with _locked(folder, say):
+            arrays = _read_cache(cache, fingerprint, say_once)  # again: another run may have made it while this one waited
+            if arrays is None:
+                arrays = _decode_all(files)
+                try:
+                    write_whole(cache, lambda file: np.savez(file, fingerprint=np.array(fingerprint), **arrays))
+                except OSError as error:
+                    words = f"the decoded images cannot be kept in {cache} ({_one_line(error)})"
+                    say(f"warning: {words}: the next run decodes them again")
     train, test = (Split(arrays[f"{split}_images"], arrays[f"{split}_labels"]) for split in ("train", "test"))
     return SmallImages(train, test, len(CIFAR10_CLASSES), f"class folders in {folder}")
 
@@ -218,8 +224,6 @@ def _fingerprint(folder: Path, files: dict[str, list[tuple[Path, int, tuple[int,
 
 def _read_cache(cache: Path, fingerprint: str, say: Say) -> dict[str, np.ndarray] | None:
     """The arrays of a cache that is intact and of these files, else None (the archive carries a checksum of each array)."""
-    if not cache.exists():
-        return None
     try:
         with np.load(cache, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -233,9 +237,21 @@ def _read_cache(cache: Path, fingerprint: str, say: Say) -> dict[str, np.ndarray
             if labels.dtype != np.int64 or labels.min() < 0 or labels.max() >= len(CIFAR10_CLASSES):
                 raise ValueError("labels out of range")
         return arrays
-    except Exception as error:  # a damaged archive can fail in any layer that reads it; all that matters is that it does
-        say(f"warning: {cache} is damaged ({_one_line(error)}): decoding the images again")
+    except FileNotFoundError:
         return None
+    except Exception as error:  # a damaged archive can fail in any layer that reads it; all that matters is that it does
+        what = "cannot be read" if isinstance(error, PermissionError) else "is damaged"
+        say(f"warning: {cache} {what} ({_one_line(error)}): decoding the images again")
+        return None
+
+
+def _decode_all(files: dict[str, list[tuple[Path, int, tuple[int, int]]]]) -> dict[str, np.ndarray]:
+    """The arrays of a cache, from the images themselves."""
+    arrays = {}
+    for split, listed in files.items():
+        arrays[f"{split}_images"] = _decode([path for path, _, _ in listed], split)
+        arrays[f"{split}_labels"] = np.array([label for _, label, _ in listed], dtype=np.int64)
+    return arrays
 
 
 def _decode(paths: list[Path], split: str) -> np.ndarray:
@@ -263,14 +279,24 @@ def _decode_one(path: Path) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Runs that start together decode or download once: the others wait here, and then read what is there."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+def _locked(folder: Path, say: Say) -> Iterator[None]:
+    """Runs that start together decode or download once: the others say that they wait here, and then read what is there.
+
+    Not every file system has locks, and not every folder may be opened: then each run does it, which is said.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"another process is decoding or downloading images in {folder}: waiting until it is done")
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            words = "going on without, and runs that start together each decode or download them"
+            say(f"warning: {folder} cannot be locked while its images are made ready ({_one_line(error)}): {words}")
         yield
-    finally:
-        os.close(descriptor)
 
 
 def _one_line(error: BaseException) -> str:

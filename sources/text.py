@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sources.batches import EVERYTHING
+from sources.paths import reading
 from utils import UsageError
 
 END, UNKNOWN = "<eos>", "<unk>"
@@ -44,7 +45,8 @@ def read_text(name: str, data_dir: Path) -> Text:
     """
     folder = SAMPLE if name == "sample_text" else data_dir
     paths = [folder / FILES[name].format(part) for part in ("train", "valid", "test")]
-    missing = [path for path in paths if not path.is_file()]
+    with reading("--data_dir", data_dir):
+        missing = [path for path in paths if not path.is_file()]
     if missing:
         why = "; the text of the Penn Treebank cannot be downloaded: its licence is for each user to get" if name == "ptb" else ""
         raise UsageError(f"--data_dir {data_dir}: {name} is not there, no {', '.join(map(str, missing))}{why}")

@@ -1,8 +1,13 @@
 """Data: the batched augmentation against torchvision's per-image transforms, and every way that data on disk can be wrong."""
 
+import errno
+import fcntl
 import gzip
+import os
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +167,7 @@ def test_a_damaged_cache_is_said_and_made_again(tmp_path, damage):
     cache.write_bytes(content)
     said = []
     assert torch.equal(load("cifar10", tmp_path, said).validation._images, good)
+    assert len(said) == 1  # though it is looked at twice
     assert "damaged" in said[0]
     assert str(cache) in said[0]
     said.clear()
@@ -175,7 +181,79 @@ def test_changed_images_are_decoded_again(tmp_path):
     Image.new("RGB", (32, 32), (1, 2, 3)).save(tmp_path / "CIFAR10" / "test" / "dog" / "9999.png")
     said = []
     assert load("cifar10", tmp_path, said).validation.samples == 31
+    assert len(said) == 1
     assert "changed" in said[0]
+
+
+def test_decoded_images_are_read_without_the_lock(tmp_path, monkeypatch):
+    make_class_folders(tmp_path / "CIFAR10")
+    first = load("cifar10", tmp_path)
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, operation: pytest.fail("locked"))
+    said = []
+    assert torch.equal(load("cifar10", tmp_path, said).validation._images, first.validation._images)
+    assert said == []
+
+
+def without_locks(monkeypatch, number: int) -> None:
+    """As on a file system that answers a lock with this error."""
+
+    def refuse(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK, errno.EBADF], ids=errno.errorcode.get)
+def test_images_are_decoded_where_there_are_no_locks(tmp_path, monkeypatch, number):
+    make_class_folders(tmp_path / "CIFAR10")
+    without_locks(monkeypatch, number)
+    said = []
+    first = load("cifar10", tmp_path, said)
+    assert len(said) == 1
+    assert f"{tmp_path / 'CIFAR10'} cannot be locked" in said[0]
+    assert os.strerror(number) in said[0]
+    said.clear()
+    assert torch.equal(load("cifar10", tmp_path, said).validation._images, first.validation._images)
+    assert said == []
+
+
+HOLDER = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_another_process_that_decodes_is_waited_for_which_is_said(tmp_path, monkeypatch):
+    folder = tmp_path / "CIFAR10"
+    make_class_folders(folder)
+    first = load("cifar10", tmp_path)
+    (folder / CACHE).rename(tmp_path / "kept")
+    said, flock = [], fcntl.flock
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+
+        def say(line: str) -> None:
+            """The one that decodes is done as soon as somebody says that he waits for it."""
+            said.append(line)
+            (tmp_path / "kept").rename(folder / CACHE)
+            holder.communicate()
+
+        def not_without_a_word(descriptor: int, operation: int) -> None:
+            if not said and not operation & fcntl.LOCK_NB:
+                holder.kill()
+                pytest.fail("waits without a word")
+            flock(descriptor, operation)
+
+        monkeypatch.setattr(fcntl, "flock", not_without_a_word)
+        monkeypatch.setattr("sources.images._decode", lambda paths, name: pytest.fail("decoded again"))
+        second = data.load("cifar10", tmp_path, CPU, 16, 0, say)
+    assert torch.equal(first.validation._images, second.validation._images)
+    assert len(said) == 1
+    assert f"another process is decoding or downloading images in {folder}: waiting" in said[0]
 
 
 def test_a_folder_that_cannot_be_written_works_without_cache(tmp_path, monkeypatch):
@@ -335,6 +413,21 @@ def test_absent_and_not_to_be_had(tmp_path, monkeypatch, name):
     assert ("class folders" in message) == (name == "cifar10")
     assert "downloading" in said[0]
     assert not (tmp_path / "data").exists()
+
+
+def test_without_locks_a_data_set_is_downloaded(tmp_path, monkeypatch):
+    import urllib.request
+
+    def offline(*args, **options):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    without_locks(monkeypatch, errno.ENOSYS)
+    said = []
+    with pytest.raises(UsageError, match="cannot be downloaded"):
+        load("mnist", tmp_path, said)
+    assert f"{tmp_path} cannot be locked" in said[0]
+    assert "downloading" in said[1]
 
 
 # ImageNet.

@@ -337,6 +337,37 @@ def test_what_changes_no_number_may_change(train, tiny_data):
     assert "--overwrite, which deletes the 2 epochs that are trained there" in refused.err
 
 
+def test_a_warm_start_may_be_named_otherwise(train, tmp_path):
+    train("fp")
+    assert train("run", "--resume", "results/fp").status == 0
+    for place in (tmp_path / "results" / "fp", "results/../results/fp/", "results/fp/model_best.pth.tar"):
+        assert "complete" in train("run", "--resume", place).out
+    assert train("run", "--resume", "results/fp/checkpoint.pth.tar").status == 2
+
+
+@pytest.mark.parametrize("change", ["order", "one more"])
+def test_a_run_is_not_continued_on_other_data(train, tiny_data, change):
+    """Held-out images would be among those that it was trained on."""
+    train("run", "--holdout", 20)
+    before = {path: path.read_bytes() for path in Path("results/run").rglob("*.*")}
+    shutil.copytree(tiny_data, "moved", ignore=shutil.ignore_patterns("*.npz"))
+    images = sorted(Path("moved/CIFAR10/train").rglob("*.png"))
+    if change == "order":
+        content = images[0].read_bytes()
+        images[0].write_bytes(images[1].read_bytes())
+        images[1].write_bytes(content)
+    else:
+        shutil.copy(images[0], images[0].with_name("another.png"))
+    refused = train("run", "--holdout", 20, "--epochs", 2, "--data_dir", "moved")
+    assert refused.status == 2
+    assert "--data_dir moved: holds other samples than results/run was trained on" in refused.err
+    assert {path: path.read_bytes() for path in Path("results/run").rglob("*.*")} == before
+    assert main_binary_reg.main(["--evaluate", "results/run", "--data_dir", "moved"]) == 0
+    (line,) = log_module.warnings_so_far()
+    assert line.startswith("--data_dir moved: other images than this network was trained on")
+    assert train("run", "--holdout", 20, "--epochs", 2).status == 0
+
+
 @pytest.mark.parametrize("kind", [("--save_all",), ("--freeze_epoch", 0, *PROX)])
 def test_deleted_files_of_a_finished_run_are_made_again(train, kind):
     done = train("run", "--epochs", 2 if "--save_all" in kind else 1, *kind)

@@ -606,6 +606,13 @@ def test_a_shorter_study_pulls_as_the_published_one(method, regime, shorter, bat
         assert pull(found) == pytest.approx(expected / 16 if regime == "tuned" else expected, rel=1e-3)
 
 
+@pytest.mark.parametrize(("method", "rate"), [("fp", 0.1), ("bc", 0.01), ("ttq", 0.1)])
+def test_the_shortest_schedule_begins_at_the_published_rate(method, rate):
+    found = study_arguments(method, "published", EPOCHS="1")
+    regime = ast.literal_eval(found.get("--regime", "{}"))
+    assert float(found.get("--lr", regime.get(0, {}).get("lr", "nan"))) == rate
+
+
 @pytest.mark.parametrize("regime", ["published", "common"])
 @pytest.mark.parametrize("settings", [{}, {"SHORTER": "25"}, {"BATCH_SIZE": "16"}, {"EPOCHS": "30"}, {"SHORTER": "10", "LR": "1"}])
 def test_a_pull_that_does_not_add_up_reaches_the_sign_at_the_freeze(regime, settings):

@@ -347,6 +347,23 @@ def test_a_quantized_run_from_a_warm_start(folder, tmp_path, mode):
     assert f"hard-quantized, test: loss {math.log(float(found[-1]['test_ppl'])):.4f}" in out
 
 
+@pytest.mark.parametrize("lost", ["removed", "damaged"])
+def test_a_run_whose_best_network_is_lost_comes_to_its_end(tmp_path, folder, lost):
+    """Made longer, with no epoch that is better: the test perplexity is left out, which is said."""
+    words = ["--dataset", "text", "--data_dir", folder, *SMALL, "--save", "run", "--results_dir", tmp_path]
+    words += ["--regime", "{0: {'lr': 0.1}, 1: {'lr': 0.0}}"]
+    run_main(*words, "--epochs", 1)
+    best = tmp_path / "run" / "model_best.pth.tar"
+    if lost == "removed":
+        best.unlink()
+    else:
+        best.write_bytes(best.read_bytes()[:200])
+    out = run_main(*words, "--epochs", 2).stdout
+    assert re.search(r"warning: .*model_best.pth.tar: .*: nothing is tested", out)
+    assert re.search(r"done, best validation perplexity [0-9.]+$", out.strip())
+    assert [row["test_ppl"] for row in rows(tmp_path / "run")][1:] == [""]
+
+
 # Bad input.
 
 

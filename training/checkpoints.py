@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize import PackedError, packing
+from sources.paths import reading
 from utils import UsageError, write_whole
 
 LATEST = "checkpoint.pth.tar"
@@ -52,6 +53,8 @@ def read(path: Path) -> dict[str, Any]:
             content = torch.load(source, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UnreadableCheckpoint(f"{path}: no such checkpoint") from None
+    except PermissionError as error:
+        raise UnreadableCheckpoint(f"{path}: cannot be read ({error.strerror})") from None
     except pickle.UnpicklingError:
         raise UnreadableCheckpoint(f"{path}: refused, it holds more than tensors and plain values, or is damaged") from None
     except PackedError as error:
@@ -159,15 +162,17 @@ def locate(path: Path) -> Path:
 
     Raises:
         UnreadableCheckpoint: if there is none.
+        UsageError: if this user may not look there.
     """
-    if path.is_dir():
-        best = path / BEST
-        if not best.is_file():
-            raise UnreadableCheckpoint(f"{path}: this folder holds no {BEST}")
-        return best
-    if not path.is_file():
-        raise UnreadableCheckpoint(f"{path}: no such checkpoint file or run folder")
-    return path
+    with reading("--evaluate or --resume", path):  # the two that name one
+        if path.is_dir():
+            best = path / BEST
+            if not best.is_file():
+                raise UnreadableCheckpoint(f"{path}: this folder holds no {BEST}")
+            return best
+        if not path.is_file():
+            raise UnreadableCheckpoint(f"{path}: no such checkpoint file or run folder")
+        return path
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path) -> None:

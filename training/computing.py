@@ -145,7 +145,10 @@ def decide(
     }
     for name, words in (("place", "on {}"), ("processes", "{} processes"), ("compile", "--compile {}"), ("steps", "{} steps")):
         if before.get(name, computed[name]) != computed[name]:
-            warnings.append(f"{words.format(before[name])} before, {words.format(computed[name])} now: sums round differently")
+            effect = "sums round differently"
+            if name == "processes" and not args.sync_bn:
+                effect += ", and BatchNorm's statistics are of another share of each batch"
+            warnings.append(f"{words.format(before[name])} before, {words.format(computed[name])} now: {effect}")
     return precision, computed, warnings
 
 

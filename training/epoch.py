@@ -71,8 +71,8 @@ def facts_of_training(args: Namespace, sets: data.Data, regime: regimes.Regime, 
     latent = state.optimizer.latent.values()
     return {
         "regime": regime,
-        "data": {"source": sets.source, "samples": state.task.samples,
-                 "training": sets.train.samples, "validation": sets.validation.samples},
+        "data": {"source": sets.source, "samples": state.task.samples, "training": sets.train.samples,
+                 "validation": sets.validation.samples, "sha256": sets.digest},
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "quantized": {"weights": sum(weight.numel() for weight in latent), "tensors": len(latent)},
         "precision": state.computed["precision"],
@@ -136,7 +136,7 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
                 job.run.save_best({**state.network(args), "epoch": state.epoch + 1, "results": row})
         last = state.epoch + 1 == args.epochs or regimes.ended(job.regime, state.epoch + 1, [*state.history, row])
         if last and job.sets.test is not None:
-            row["test_ppl"] = test(job, state)["ppl"]
+            row |= {f"test_{name}": value for name, value in test(job, state).items() if name == "ppl"}
     finally:
         state.seconds = time.perf_counter() - began
     return {**row, "seconds": round(state.seconds, 3)}
@@ -235,9 +235,14 @@ def validate(job: Job, state: State) -> dict[str, float]:
 
 
 def test(job: Job, state: State) -> dict[str, float]:
-    """The task's figures on test data of the best network so far, as it was saved: hard-quantized where a mode is on."""
+    """The task's figures on test data of the best network so far, as it was saved: hard-quantized where a mode is on. None where
+    it is lost: the run is not."""
     path, model = job.run.folder / checkpoints.BEST, copy.deepcopy(state.model)
-    checkpoints.load_weights(model, checkpoints.read(path), path)
+    try:
+        checkpoints.load_weights(model, checkpoints.read(path), path)
+    except UsageError as error:
+        warn(f"{error}: nothing is tested")
+        return {}
     return _figures(job, state, model, job.sets.test)
 
 

@@ -104,6 +104,9 @@ def evaluate(args: Namespace) -> int:
     if args.holdout > held:  # the images of a larger number are those of a smaller one and more
         warn(f"--holdout {args.holdout}: {held} images were held out of this network's training; it was trained on the others")
         source = source.replace(" held out", "")
+    if held and args.holdout and kept.content.get("data", sets.digest) != sets.digest:
+        warn(f"--data_dir {args.data_dir}: other images than this network was trained on, or in another order: it may have been "
+             "trained on those that are held out here")  # fmt: skip
     tasks.check_words(kept.content, sets.words, path)
     model = load_model(kept, sets.classes).to(device, memory_format=torch.channels_last)
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from sources.paths import reading
 from training import checkpoints
 from training.arguments import DERIVED, MAY_CHANGE
 from training.log import LogFile, log, warn, warnings_so_far
@@ -96,6 +97,8 @@ class Run:
         Raises:
             UsageError: if it is a run of other arguments, or none of its checkpoints can be read, and may not be overwritten.
         """
+        if not self._overwrite:
+            self._check_readable()
         record = self._read_record()
         differing = [record] if isinstance(record, str) else self._compare(record)
         content, files = None, tuple(map(_stamp, self._checkpoints()))
@@ -113,6 +116,19 @@ class Run:
                 f"choose another name, or --overwrite, {self._loss()}"
             )
         return _Found(tuple(differing), None if differing else content, files)
+
+    def _check_readable(self) -> None:
+        """Raises UsageError where this user may not read what the run has written: --overwrite would be wrong advice."""
+        for path in (self.folder / name for name in ("args.json", checkpoints.LATEST, checkpoints.PREVIOUS)):
+            try:
+                path.open("rb").close()
+            except PermissionError as error:
+                raise UsageError(
+                    f"--save {self.folder.name}: {path} cannot be read ({error.strerror}); this user must be allowed to read a run "
+                    "that is to be continued; or choose another name"
+                ) from None
+            except OSError:
+                pass  # missing or damaged: said where it is read
 
     def _read_record(self) -> dict[str, Any] | str:
         """What args.json says of the run that is there, no arguments where there is no run; or why it cannot be known."""
@@ -390,8 +406,13 @@ def _agree(name: str, old: Any, new: Any) -> bool:
     if name == "epochs" and isinstance(old, int):
         return old <= new  # it may be made longer
     if name == "resume" and isinstance(old, str) and isinstance(new, str):
-        return os.path.normpath(old) == os.path.normpath(new)
+        return _place_of(old) == _place_of(new)
     return old == new
+
+
+def _place_of(checkpoint: str) -> str:
+    """One name for a run's folder and the file in it that stands for it, from wherever it is named."""
+    return os.path.realpath(checkpoint).removesuffix(os.sep + checkpoints.BEST)
 
 
 def _end_of_pull(arguments: dict[str, Any]) -> Any:
@@ -409,7 +430,8 @@ def _stamp(path: Path) -> tuple[str, int, int, int]:
 def _check_writable(flag: str, folder: Path) -> None:
     """Raises UsageError where a folder cannot be made or written, without touching anything."""
     place = folder
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag}: {folder} cannot be written: {place} is {'read-only' if place.is_dir() else 'no folder'}")
+    with reading(flag, folder):
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise UsageError(f"{flag}: {folder} cannot be written: {place} is {'read-only' if place.is_dir() else 'no folder'}")

@@ -29,6 +29,7 @@ class State:
     carried: what the task carries from batch to batch, overwritten in place.
     epoch: epochs trained, which is the number of the current one (counted from 0).
     words: the vocabulary of a text, by number.
+    data: what tells the data set from another, see ``data.Data.digest``.
     step: steps trained in the current epoch.
     seconds: spent in the current epoch by processes that were interrupted.
     best: best score so far, see ``Task.score``; None before the first.
@@ -46,6 +47,7 @@ class State:
     carried: list[Tensor]
     epoch: int
     words: tuple[str, ...] = ()
+    data: str = ""
     step: int = 0
     seconds: float = 0.0
     best: float | None = None
@@ -94,6 +96,7 @@ class State:
             "model": args.model,
             "config": self.model.config,
             "dataset": args.dataset,
+            "data": self.data,
             "holdout": args.holdout,
             "input_size": args.input_size,
             "precision": self.computed.get("precision", args.precision),
@@ -144,6 +147,7 @@ NETWORK_KEYS = frozenset(
         "config",
         "dataset",
         "holdout",
+        "data",
         "input_size",
         "precision",
         "warm_start",

@@ -270,7 +270,8 @@ class Text:
         return {self.best_key: best}
 
     def best_in_words(self, best: float, row: Row) -> str:
-        return f"best validation perplexity {best:.2f}, test perplexity there {row['test_ppl']:.2f}"
+        tested = f", test perplexity there {row['test_ppl']:.2f}" if "test_ppl" in row else ""
+        return f"best validation perplexity {best:.2f}{tested}"
 
 
 IMAGES, TEXT = Images(), Text()
@@ -307,3 +308,12 @@ def check_words(content: Mapping[str, Any], words: Sequence[str], place: object)
         difference = same_words(words, theirs) if texts else "what it has for words are none"
         if difference:
             raise UsageError(f"{place}: a network of another vocabulary than this text's: {difference}")
+
+
+def check_data(content: Mapping[str, Any], digest: str, data_dir: str, folder: object) -> None:
+    """Raises UsageError where a run's checkpoint is of other data than are here; one of before says nothing of them."""
+    if content.get("data", digest) != digest:
+        raise UsageError(
+            f"--data_dir {data_dir}: holds other samples than {folder} was trained on, or has them in another order; with the "
+            "same ones it can be continued, or --save another name for a new run"
+        )
