@@ -96,7 +96,7 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
     if run.checkpoint is not None:
         check_words(run.checkpoint, sets.words, run.folder)
         check_data(run.checkpoint, sets.digest, args.data_dir, run.folder)
-    begin = functools.partial(warm_start.load, model, args.resume, task, sets.words)
+    begin = functools.partial(warm_start.load, model, args.resume, task, sets, args.holdout)
     started_from = begin() if args.resume and run.checkpoint is None else None
 
     regime = regimes.resolve_regime(args, model.regime, projected=args.mode.projects)

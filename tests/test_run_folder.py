@@ -345,6 +345,13 @@ def test_a_warm_start_may_be_named_otherwise(train, tmp_path):
     assert train("run", "--resume", "results/fp/checkpoint.pth.tar").status == 2
 
 
+def test_a_warm_start_that_knows_the_held_out_images_is_said(train):
+    train("fp", "--holdout", 10)
+    (line,) = train("run", "--resume", "results/fp", "--holdout", 20).facts()["warnings"]
+    assert line.startswith("--holdout 20: 10 images were held out of the training of --resume results/fp")
+    assert train("same", "--resume", "results/fp", "--holdout", 10).facts()["warnings"] == []
+
+
 @pytest.mark.parametrize("change", ["order", "one more"])
 def test_a_run_is_not_continued_on_other_data(train, tiny_data, change):
     """Held-out images would be among those that it was trained on."""

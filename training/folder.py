@@ -101,7 +101,7 @@ class Run:
             self._check_readable()
         record = self._read_record()
         differing = [record] if isinstance(record, str) else self._compare(record)
-        content, files = None, tuple(map(_stamp, self._checkpoints()))
+        content, files = None, tuple(filter(None, map(_stamp, self._checkpoints())))
         if not differing:
             content = before.checkpoint if files == before.files else self._read_checkpoint()
         if content is not None:
@@ -421,9 +421,12 @@ def _end_of_pull(arguments: dict[str, Any]) -> Any:
     return freeze if isinstance(freeze, int) and isinstance(epochs, int) and 0 <= freeze < epochs else epochs
 
 
-def _stamp(path: Path) -> tuple[str, int, int, int]:
-    """Differs once a file has been replaced."""
-    status = path.stat()
+def _stamp(path: Path) -> tuple[str, int, int, int] | None:
+    """Differs once a file has been replaced; None while it is just being renamed."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
     return path.name, status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -2,26 +2,28 @@
 
 import csv
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from data import Data
 from training import checkpoints, regimes
 from training.log import warn
 from training.tasks import Task, check_words
 from utils import is_finite
 
 
-def load(model: nn.Module, resume: str, task: Task, words: Sequence[str] = ()) -> dict[str, Any]:
-    """Puts the weights of a checkpoint into a network; warns where they are those of an unfinished run.
+def load(model: nn.Module, resume: str, task: Task, sets: Data, holdout: int) -> dict[str, Any]:
+    """Puts the weights of a checkpoint into a network; warns where they are those of an unfinished run, or have been trained on
+    images that are held out here.
 
     Args:
         model: of the run that starts.
         resume: a checkpoint file, or a run's folder.
         task: of the run that starts.
-        words: its vocabulary, where it is a text's.
+        sets: its data.
+        holdout: how many training images it holds out.
 
     Returns:
         ``path`` as the user gave it; ``epoch``, how many that network was trained; ``score``, its best score (for images top-1
@@ -30,8 +32,11 @@ def load(model: nn.Module, resume: str, task: Task, words: Sequence[str] = ()) -
     """
     path = checkpoints.locate(Path(resume))
     content = checkpoints.read(path)
-    check_words(content, words, path)
+    check_words(content, sets.words, path)
     checkpoints.load_weights(model, content, path)
+    held = content.get("holdout")
+    if isinstance(held, int) and holdout > held and content.get("data", sets.digest) == sets.digest:
+        warn(f"--holdout {holdout}: {held} images were held out of the training of --resume {resume}; it was trained on the others")
     epoch, score = content.get("epoch"), content.get(task.best_key)
     finished, trained, of_epochs = _progress(path.parent)
     if finished is False:
