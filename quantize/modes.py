@@ -5,6 +5,7 @@ gradient is taken, and how strong the pull is at each moment.
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -247,7 +248,7 @@ def mode(name: str, quantizer: str | None = None, bits: int | None = None, by_ro
         others = [one for one, other in MODES.items() if quantizer in other.choices]
         advice = f"; {quantizer} goes with {', '.join(others)}" if others else ""
         raise ValueError(f"quantizer {quantizer}: {name} accepts {', '.join(found.choices)}{advice}")
-    if bits is not None and not (isinstance(bits, int) and 1 <= bits <= 8):
+    if bits is not None and not (isinstance(bits, numbers.Integral) and 1 <= bits <= 8):
         raise ValueError(f"bits {bits}: a whole number from 1 to 8 is accepted")
     own = found.shown
     kind = type(own) if quantizer in (None, own.name) else found.choices[quantizer]

@@ -185,12 +185,13 @@ class Uniform(Quantizer):
         once in what they are computed in, and perhaps once more in what they were kept in."""
         if not rows.shape[1]:
             return super().may_give(rows, largest)
-        found, rounding = largest == 0, 4 * torch.finfo(wide(rows).dtype).eps + 1.25 * _precision(rows)
+        found, computed, kept = largest == 0, 4 * torch.finfo(wide(rows).dtype).eps, 1.25 * _precision(rows).unsqueeze(1)
         for multiple in self.multiples():
             if multiple > 0:
                 step = torch.where(largest > 0, wide(largest) / multiple, 1.0).unsqueeze(1)
-                off = (self.code(wide(rows), step) - wide(rows) / step).abs().amax(1)
-                found = found | (off <= rounding * multiple)
+                multiples = wide(rows) / step
+                off = (self.code(wide(rows), step) - multiples).abs()
+                found = found | (off <= computed * multiple + kept * multiples.abs()).all(1)
         return found
 
 

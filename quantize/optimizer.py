@@ -451,7 +451,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             stay = [id(parameter) not in frozen for parameter in group["params"]]
             for key in {"params", "param_names"} & group.keys():  # torch's names, where it was given them
-                group[key] = [one for one, stays in zip(group[key], stay, strict=True) if stays]
+                if len(group[key]) == len(stay):  # a frozen state of before has all names
+                    group[key] = [one for one, stays in zip(group[key], stay, strict=True) if stays]
         for _, parameter in self._named():
             self.state.pop(parameter, None)
 

@@ -19,6 +19,8 @@ from quantize.packing import Packed, unpack
 class _PackedWeight(nn.Module):
     """A weight as codes and levels, in buffers."""
 
+    _version = 2  # of its part of a state_dict: in the first the codes lay as the weight did in memory
+
     def __init__(self, weight: Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
         # How torch computes depends on the order in which a weight lies in memory, to the last bit. The codes, which a state_dict
@@ -30,6 +32,12 @@ class _PackedWeight(nn.Module):
         self.register_buffer("codes", coded.codes.to(weight.device))
         self.register_buffer("levels", coded.levels.to(weight.device))
         self.bias = bias
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs) -> None:
+        if self._turned and local_metadata.get("version") == 1:
+            error_msgs.append(f"{prefix}codes: of an earlier version, in another order; pack the network again")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     @property
     def weight(self) -> Tensor:

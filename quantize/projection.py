@@ -429,9 +429,10 @@ class Projection:
         if not self.mode.lazy:
             return
         self._follow()
-        for parameter, latent, mark, shown in zip(self.parameters, self.latent, self._marks(), self._shown_marks, strict=True):
-            written = over_all(parameter, torch.tensor(float(mark != shown), device=parameter.device), "max")
-            if not values_beyond(latent, self.mode.quantizer) and not written:
+        written = self._written()
+        for index, (parameter, latent) in enumerate(zip(self.parameters, self.latent, strict=True)):
+            others = over_all(parameter, torch.tensor(float(index in written), device=parameter.device), "max")
+            if not values_beyond(latent, self.mode.quantizer) and not others:
                 parameter.copy_(latent)
 
     def end(self, quantized: bool) -> None:

@@ -17,12 +17,18 @@ from quantize.written import Snapshot
 _LATENT, _LEVELS = "latent", "levels"
 _MODES, _STRENGTHS, _DRAWS, _FROZEN = "projection_modes", "projection_strengths", "projection_draws", "projection_frozen"
 _SHOWN = "shown"  # by the model in a lazy mode, where it is not what is made of the latent weights
-_NAMES = "projection_names"  # of the parameters in training, with their numbers in the state
+_NAMES = "projection_names"  # of the parameters with latent weights of their own, with their numbers in the state
 _QUANTIZERS = "projection_quantizers"
 _BASE = "projection_base"  # the kind of the base optimizer
 _FROZEN_LEVELS = "projection_levels"  # learned ones, once the parameters have no entries in the state any more
 _OF_GROUPS = (_MODES, _QUANTIZERS, _STRENGTHS, _DRAWS, _FROZEN, _BASE, _NAMES, _FROZEN_LEVELS)
-_WRAPPED_NAMES = ("_orig_mod", "module", "_fsdp_wrapped_module")  # put before the names by torch.compile, DDP and FSDP
+_WRAPPED_NAMES = (
+    # put before the names by torch.compile, DDP, FSDP and activation checkpointing
+    "_orig_mod",
+    "module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+)
 
 
 class Content(NamedTuple):
@@ -53,7 +59,7 @@ def to_torch(
     """The state of the base optimizer together with that of the projections, each as it is now unless they are frozen."""
     base = optimizer.state_dict()
     state = {index: dict(entry) for index, entry in base["state"].items()}
-    index_of, names, apart_from_model = _indices(optimizer.param_groups), {}, False
+    index_of, names = _indices(optimizer.param_groups), {}
     for projection, (shown, latent, levels, written) in zip(projections, now, strict=True) if not frozen else ():
         apart = projection.shown_apart(written)
         for number, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
@@ -64,11 +70,10 @@ def to_torch(
                 own[_SHOWN] = shown[number].clone()
             if levels:
                 own[_LEVELS] = levels[number].clone()
-            names[name] = index_of[id(parameter)]
             if own:
-                apart_from_model = True
+                names[name] = index_of[id(parameter)]
                 state.setdefault(index_of[id(parameter)], {}).update(own)
-    if apart_from_model:  # torch's distributed checkpoints want entries of all parameters or of none
+    if names:  # torch's distributed checkpoints want entries of all parameters or of none
         for index in index_of.values():
             state.setdefault(index, {})
     common = {
@@ -135,7 +140,7 @@ def _taken_apart(
     state = {index: dict(entry) for index, entry in content["state"].items()}
     found = []
     key_of = {} if common[_FROZEN] else _keys(groups, optimizer.param_groups)
-    _compare_names(common.get(_NAMES) or {}, key_of, projections)
+    _compare_names(common.get(_NAMES) or {}, key_of, projections, optimizer)
     for number, projection in enumerate(projections):
         latent, levels, shown = [], [], {}
         for index, (name, parameter) in enumerate(zip(projection.names, projection.parameters, strict=True)):
@@ -220,26 +225,25 @@ def _compare_base(groups: Sequence[Mapping[str, Any]], common: Mapping[str, Any]
         raise ValueError("the state is not whole: its parameter groups lack lr")
 
 
-def _compare_names(theirs: Mapping[str, Any], key_of: Mapping[int, Any], projections: Sequence[Projection]) -> None:
-    """Another network's latent weights would replace the weights, even those of the right shape: torch goes by their order alone.
+def _compare_names(
+    theirs: Mapping[str, Any], key_of: Mapping[int, Any], projections: Sequence[Projection], optimizer: Optimizer
+) -> None:
+    """Latent weights replace a model's weights, so those of another layer must not, even where the shape is right.
 
-    States of before have the names of lazy modes only, frozen ones none.
+    ``theirs``: numbers by name; they tell nothing where torch's distributed checkpoints have put names in the numbers' place.
     """
-    if not theirs or not key_of:
-        return
-    given = {_plain(name): key for name, key in theirs.items()}
-    pairs = [(one.mode.lazy, _plain(name), p) for one in projections for name, p in zip(one.names, one.parameters, strict=True)]
-    own = {name: key_of[id(parameter)] for _, name, parameter in pairs}
-    lazy = {name for is_lazy, name, _ in pairs if is_lazy}
-    if given.keys() not in (own.keys(), lazy):
-        different = sorted(given.keys() ^ own.keys())
-        raise ValueError(
-            f"the state is of other parameters: {len(given)} are quantized there, {len(own)} here, and {different[0]!r} "
-            f"{'there' if different[0] in given else 'here'} alone"
-        )
-    for name, key in given.items():
-        if isinstance(own[name], int) and own[name] != key:  # torch's distributed checkpoints go by name
-            raise ValueError(f"the state has the parameters in another order: {name!r} is number {key} there, {own[name]} here")
+    named = {id(parameter): _plain(name) for one in projections for name, parameter in zip(one.names, one.parameters, strict=True)}
+    here = {key_of[id(p)]: p for group in optimizer.param_groups for p in group["params"]} if key_of else {}
+    for name, number in theirs.items():
+        if number not in here:
+            continue
+        parameter, given = here[number], _plain(name)
+        own = named.get(id(parameter))
+        if own is None and parameter.requires_grad:
+            raise ValueError(f"the state has latent weights of {name!r}, which is not quantized here")
+        if own is not None and not f".{own}".endswith(f".{given}") and not f".{given}".endswith(f".{own}"):
+            what = f"number {number} is {name!r} there and {own!r} here"
+            raise ValueError(f"the state is of other parameters, or has them in another order: {what}")
 
 
 def _kinds(optimizer: Optimizer) -> list[str]:

@@ -9,5 +9,5 @@ def digest_of(*parts: np.ndarray | str) -> str:
     """A sha256 of samples, labels and names in their order, in hexadecimal digits."""
     found = hashlib.sha256()
     for part in parts:
-        found.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
+        found.update(part.encode(errors="surrogateescape") if isinstance(part, str) else np.ascontiguousarray(part))
     return found.hexdigest()

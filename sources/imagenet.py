@@ -48,7 +48,7 @@ def load_imagenet(
     if train.classes != validation.classes:
         differing = sorted(set(train.classes) ^ set(validation.classes))
         raise UsageError(f"--data_dir: {folder} has the class {differing[0]!r} in only one of train and val")
-    names = "\n".join(path.removeprefix(str(folder)) for path, _ in (*train.samples, *validation.samples))
+    names = "\n".join(path.removeprefix(str(split.root)) for split in (train, validation) for path, _ in split.samples)
     if holdout:
         kept, held = hold_out(len(train), holdout)
         train.samples, validation.samples = [train.samples[i] for i in kept], [train.samples[i] for i in held]

@@ -5,6 +5,7 @@ import fcntl
 import gzip
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -505,3 +506,17 @@ def test_the_training_set_is_not_on_the_device_before_an_epoch_begins():
     split = Split(np.zeros((500, 32, 32, 3), np.uint8), np.zeros(500, np.int64))
     source = batches.TrainingBatches(split, 50, 0, torch.device("meta"))
     assert sum(value.numel() for value in vars(source).values() if isinstance(value, torch.Tensor)) < 500
+
+
+def test_imagenet_is_the_same_wherever_its_folder_is_named(imagenet, tmp_path, monkeypatch):
+    """Also with a name that is no UTF-8; another image is another set."""
+    shutil.copytree(imagenet, tmp_path / "other")
+    images = tmp_path / "other" / "imagenet" / "train" / "n01"
+    shutil.copy(images / "0.jpg", os.fsencode(images) + b"/caf\xe9.jpg")
+    monkeypatch.chdir(tmp_path / "other" / "imagenet")
+
+    def digest(place):
+        return data.load("imagenet", Path(place), torch.device("cpu"), 2, 0, print).digest
+
+    assert digest(".") == digest("..") == digest(tmp_path / "other")
+    assert digest(imagenet) != digest(".")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import quantize
 
@@ -98,24 +99,69 @@ class Twins(nn.Module):
         return self.q(x) - 2 * self.k(x)
 
 
-@pytest.mark.parametrize("mode", [quantize.mode("lazy"), quantize.mode("prox"), quantize.mode("ttq"), quantize.mode("prox_alt")])
-def test_the_state_of_other_parameters_is_refused(mode):
+@pytest.mark.parametrize("mode", [quantize.mode("lazy"), quantize.mode("ttq"), quantize.mode("lazy_alt", bits=2)])
+def test_the_latent_weights_of_other_layers_are_refused(mode):
     model = Twins("aqkz")
     optimizer = wrap(model, mode)
     train(model, optimizer, 2)
     state = copy.deepcopy(optimizer.state_dict())
-    for names, pairs, said in (("akqz", 9, "another order: '[kq].weight' is number"), ("aqkz", 1, "there alone")):
+    other_order = "another order: number 1 is 'q.weight' there and 'k.weight' here"
+    for names, pairs, said in (("akqz", 9, other_order), ("aqkz", 1, "which is not quantized here")):
         other = Twins(names)
         wrapped = wrap(other, mode, pairs)
         before = copy.deepcopy(other.state_dict())
         with pytest.raises(ValueError, match=said):
             wrapped.load_state_dict(state)
         assert_same(other, before)
-    fewer = wrap(Twins("aqkz"), mode, 1)
-    with pytest.raises(ValueError, match="here alone"):
-        optimizer.load_state_dict(fewer.state_dict())
-    compiled = nn.ModuleDict({"_orig_mod": Twins("aqkz")})
-    wrap(compiled, mode).load_state_dict(state)
+    with pytest.raises(ValueError, match="are missing"):
+        optimizer.load_state_dict(wrap(Twins("aqkz"), mode, 1).state_dict())
+
+
+@pytest.mark.parametrize("mode", [quantize.mode("lazy"), quantize.mode("prox")])
+def test_the_same_layers_are_known_under_other_prefixes_and_beside_held_ones(mode):
+    model = Twins("aqkz")
+    optimizer = wrap(model, mode)
+    train(model, optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    checkpointed = Twins("aqkz")
+    apply_activation_checkpointing(checkpointed, check_fn=lambda layer: isinstance(layer, nn.Linear))
+    held = Twins("aqkz")
+    held.k.weight.requires_grad_(False)
+    for other in (nn.ModuleDict({"_orig_mod": Twins("aqkz")}), nn.ModuleDict({"net": Twins("aqkz")}), checkpointed, held):
+        wrapped = wrap(other, mode)
+        wrapped.load_state_dict(state)
+        if mode.lazy:
+            expected = [weight for name, weight in optimizer.latent.items() if other is not held or name != "k.weight"]
+            assert all(map(torch.equal, wrapped.latent.values(), expected))
+
+
+@pytest.mark.parametrize("mode", [quantize.mode("lazy"), quantize.mode("prox"), quantize.mode("ttq")])
+def test_a_frozen_state_that_has_all_names_is_taken(mode):
+    """As those of earlier versions have."""
+    model = network(0)
+    optimizer = wrap(model, mode)
+    optimizer.freeze()
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    state["param_groups"][0]["param_names"] = [name for name, _ in model.named_parameters()]
+    again = network(0)
+    again.load_state_dict(weights)
+    wrapped = wrap(again, mode)
+    wrapped.load_state_dict(state)
+    train(again, wrapped, 1)
+    assert all(torch.equal(weight, weights[name]) for name, weight in wrapped.parameters.items())
+
+
+def test_a_copy_of_what_was_just_wrapped_takes_a_finished_networks_state():
+    mode = quantize.mode("lazy_alt", "greedy_median", bits=2)
+    model = network(0)
+    optimizer = wrap(model, mode)
+    optimizer.freeze()
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    again = network(1)
+    again.load_state_dict(weights)
+    again, wrapped = copy.deepcopy((again, wrap(again, mode)))
+    wrapped.load_state_dict(state)
+    assert_same(again, weights)
 
 
 @pytest.mark.parametrize("kind", ["signs", "clipped"])
@@ -171,7 +217,12 @@ def test_packed_layers_go_into_those_of_another_memory_format():
         for other in by_format.values():
             other.load_state_dict(model.state_dict())
             assert torch.equal(other[0].weight, layer.weight)
-    assert by_format[torch.channels_last][0].weight.is_contiguous(memory_format=torch.channels_last)
+    turned = by_format[torch.channels_last]
+    assert turned[0].weight.is_contiguous(memory_format=torch.channels_last)
+    before = turned.state_dict()
+    before._metadata["0"]["version"] = 1
+    with pytest.raises(RuntimeError, match="of an earlier version"):
+        turned.load_state_dict(before)
 
 
 @pytest.mark.parametrize("add", ["register_forward_hook", "register_forward_pre_hook", "forward"])

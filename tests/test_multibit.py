@@ -166,6 +166,13 @@ def test_they_are_known_again_from_a_file_in_less_precision(kind, by_row, kept, 
         assert levels_alone(w.to(kept).to(dtype), kind(bits, by_row)).all()
 
 
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("kind", [Uniform, UniformWithZero])
+def test_no_weights_in_less_precision_are_taken_for_a_grid_of_many_levels(kind, bits):
+    w = (normal(0, 32, 288) / 17).bfloat16().float()
+    assert not levels_alone(w, kind(bits, True)).any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_says_how_many_values_it_has(kind):
     w = normal(0, 5000)
