@@ -15,8 +15,7 @@ from torchvision.datasets import ImageFolder
 
 from sources.batches import EVERYTHING, MEAN, STD, Share, generator
 from sources.images import hold_out
-from sources.paths import reading
-from utils import UsageError
+from utils import UsageError, reading
 
 FOLDERS = ("imagenet", "ImageNet", "Imagenet", ".")
 

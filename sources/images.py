@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sources.paths import reading
-from utils import UsageError, write_whole
+from utils import UsageError, reading, write_whole
 
 Say = Callable[[str], object]
 

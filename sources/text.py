@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from sources.batches import EVERYTHING
-from sources.paths import reading
-from utils import UsageError
+from utils import UsageError, reading
 
 END, UNKNOWN = "<eos>", "<unk>"
 STEPS = 30  # words of a stream in a window

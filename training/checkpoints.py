@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize import PackedError, packing
-from sources.paths import reading
-from utils import UsageError, write_whole
+from utils import UsageError, reading, write_whole
 
 LATEST = "checkpoint.pth.tar"
 PREVIOUS = "checkpoint.previous.pth.tar"

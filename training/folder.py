@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 
-from sources.paths import reading
 from training import checkpoints
 from training.arguments import DERIVED, MAY_CHANGE
 from training.log import LogFile, log, warn, warnings_so_far
 from training.state import NETWORK_KEYS, computed_before
 from training.tasks import task_of
-from utils import UsageError, remove_left_over, write_text, writing
+from utils import UsageError, reading, remove_left_over, write_text, writing
 
 # What a machine decides where the flag is "auto", and no continuation may change: the checkpoint has what was decided.
 _DECIDED = ("device", "precision")
