@@ -361,6 +361,11 @@ def choose_mode(name: str | None, quantizer: str | None, bits: int | None, by_ro
         raise UsageError(f"--{error}") from None
 
 
+def as_typed(name: str, value: Any) -> str:
+    """A flag with its value, as on the command line."""
+    return f"--{name}" if value is True else f"--{name} {value}"
+
+
 def check(args: argparse.Namespace, mode: quantize.ProjectionMode) -> list[str]:
     """Warnings about arguments without effect; raises UsageError on those that contradict each other."""
     warnings = []
@@ -374,9 +379,7 @@ def check(args: argparse.Namespace, mode: quantize.ProjectionMode) -> list[str]:
         raise UsageError(f"{' and '.join(given)}: each is a whole regime, one of {', '.join(words)} is accepted")
     for name in ("quantizer", "bits", "by_row") if not mode.projects else ():
         if name in args.typed:
-            value = getattr(args, name)
-            said = name if value is True else f"{name} {value}"
-            raise UsageError(f"--{said}: nothing is quantized without --projection_mode")
+            raise UsageError(f"{as_typed(name, getattr(args, name))}: nothing is quantized without --projection_mode")
     if args.start_epoch >= args.epochs:
         raise UsageError(f"--start-epoch {args.start_epoch}: a number below --epochs {args.epochs} is needed")
     if args.freeze_epoch >= 0 and args.projection_mode is None:

@@ -17,7 +17,7 @@ import data
 import quantize
 from models import MODELS
 from training import checkpoints, loops, tasks
-from training.arguments import choose_mode
+from training.arguments import as_typed, choose_mode
 from training.batch_norm import re_estimate
 from training.computing import Precision, select_precision
 from training.log import log, warn
@@ -84,8 +84,9 @@ def _choose_mode(args: Namespace, content: dict[str, Any]) -> tuple[quantize.Pro
         except UsageError as error:
             refused = error
             continue
-        if left := [f"--{flag} {value}" for flag, value in kept.items() if value != chosen[flag]]:
-            warn(f"{' '.join(left)} of the checkpoint: left out, since it does not go with --projection_mode {name} as given")
+        if left := [as_typed(flag, value) for flag, value in kept.items() if value != chosen[flag]]:
+            asked = [as_typed(flag, getattr(args, flag)) for flag in ("projection_mode", *kept) if flag in args.typed]
+            warn(f"{' '.join(left)} of the checkpoint: left out, does not go with {' '.join(asked)}")
         return mode, chosen
     raise refused
 
