@@ -49,10 +49,10 @@ def values_beyond(weight: Tensor, quantizer: Quantizer) -> int:
     """How many different values a tensor holds, or the row with the most where each has its own, if those are more than the
     quantizer gives, or others than -1 and +1 where those are its values; else 0."""
     here = local(weight.detach())
+    if quantizer.at_ends and not over_all(weight, here.abs().ne(1).any().float(), "max"):
+        return 0
     found = int(over_all(weight, _values_in(here, quantizer.by_row), "max"))
-    if quantizer.at_ends:
-        return found if over_all(weight, here.abs().ne(1).any().float(), "max") else 0
-    return found if found > quantizer.values else 0
+    return found if quantizer.at_ends or found > quantizer.values else 0
 
 
 def levels_alone(weight: Tensor, quantizer: Quantizer) -> Tensor:

@@ -186,8 +186,7 @@ def levels_in(content: Mapping[str, Any]) -> dict[str, Tensor]:
 def _by_name(content: Mapping[str, Any], kind: str) -> dict[str, Tensor]:
     groups = content.get("param_groups") or [{}]
     numbers = groups[0].get(_NAMES, {})
-    entries = {name: content["state"].get(index, {}) for name, index in numbers.items()}
-    return {name: entry[kind] for name, entry in entries.items() if kind in entry}
+    return {name: content["state"][index][kind] for name, index in numbers.items() if kind in content["state"][index]}
 
 
 def _from_before(content: Mapping[str, Any], projections: Sequence[Projection], frozen: bool) -> Found:

@@ -136,7 +136,8 @@ def train_epoch(job: Job, state: State) -> dict[str, Any]:
                 job.run.save_best({**state.network(args), "epoch": state.epoch + 1, "results": row})
         last = state.epoch + 1 == args.epochs or regimes.ended(job.regime, state.epoch + 1, [*state.history, row])
         if last and job.sets.test is not None:
-            row |= {f"test_{name}": value for name, value in test(job, state).items() if name == "ppl"}
+            tested = test(job, state)
+            row |= {"test_ppl": tested["ppl"]} if tested else {}
     finally:
         state.seconds = time.perf_counter() - began
     return {**row, "seconds": round(state.seconds, 3)}
@@ -235,8 +236,8 @@ def validate(job: Job, state: State) -> dict[str, float]:
 
 
 def test(job: Job, state: State) -> dict[str, float]:
-    """The task's figures on test data of the best network so far, as it was saved: hard-quantized where a mode is on. None where
-    it is lost: the run is not."""
+    """The task's figures on test data of the best network so far, as it was saved: hard-quantized where a mode is on. Empty
+    where it is lost: the run is not."""
     path, model = job.run.folder / checkpoints.BEST, copy.deepcopy(state.model)
     try:
         checkpoints.load_weights(model, checkpoints.read(path), path)
