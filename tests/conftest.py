@@ -1,7 +1,10 @@
 """Shared by all tests: the real command line in a subprocess, and a tiny data set in class folders."""
 
 import os
+import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +82,19 @@ def imagenet(tmp_path_factory) -> Path:
                 pixels = random.integers(60 * index, 60 * index + 60, (height, width, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.jpg")
     return data
+
+
+@pytest.fixture(scope="session")
+def ordinary_user() -> list[str]:
+    """The words before a command that make it one of a user whom a folder's mode holds off, as it does not root."""
+    words = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+    words = words if os.geteuid() == 0 else []
+    if words and not shutil.which("setpriv"):
+        pytest.skip("root, and no setpriv to give its rights away")
+    with tempfile.TemporaryDirectory() as closed:
+        Path(closed).chmod(0)
+        look = [*words, sys.executable, "-c", f"import os; os.listdir({closed!r})"]
+        done = subprocess.run(look, capture_output=True, text=True, check=False)
+    if "PermissionError" not in done.stderr:
+        pytest.skip("this user may enter every folder, and setpriv cannot drop that")
+    return words

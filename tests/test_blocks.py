@@ -1,10 +1,7 @@
 """Weights in blocks and pieces: whatever the arrangement, each tensor is treated as if it were alone."""
 
-import sys
-
 import pytest
 import torch
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -136,7 +133,6 @@ def test_no_copies_of_the_weights_but_the_latent_ones(mode_name, copies):
 
 
 def test_the_measurement_of_the_projection(capsys):
-    sys.path.insert(0, str(ROOT / "scripts"))
     from benchmark import projection
 
     table = projection.report_projection(torch.device("cpu"), 1, largest=1.0)

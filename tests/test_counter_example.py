@@ -1,14 +1,8 @@
 """The paper's counter-example: BinaryConnect walks one path on two functions, ProxQuant finds the better sign of each."""
 
-import sys
-
+import counter_example
 import pytest
 import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import counter_example
 
 STARTS = [-0.95, -0.6, -0.31, -0.004, 0.0, 0.007, 0.3, 0.52, 0.99]
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import export
 import numpy as np
 import pytest
 import torch
@@ -17,9 +18,6 @@ import models
 import quantize
 from quantize import packing
 from training import batch_norm, checkpoints
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import export
 
 
 def checkpoint(path: Path, mode_name: str | None, frozen: bool = False, change=lambda state: None) -> dict[str, torch.Tensor]:

@@ -1,21 +1,17 @@
 """Layers with packed weights: what they compute is what the float layers compute, to the last bit."""
 
 import copy
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from benchmark import packed
+from benchmark.contenders import Setting
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import models
 import quantize
-
-sys.path.insert(0, str(ROOT / "scripts"))
-from benchmark import packed
-from benchmark.contenders import Setting
 
 HALF_BYTE = torch.tensor([-2.0, -0.75, 0.5, 0.0, 1.25, 3.0, 4.5, 7.0])
 

@@ -12,6 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
+import read_packed
 import safetensors.torch
 import torch
 from conftest import ROOT
@@ -21,9 +22,6 @@ from hypothesis import strategies as st
 import models
 import quantize
 from quantize import codes, packing
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import read_packed
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
 PAGE = (ROOT / "docs" / "packed-format.md").read_text()

@@ -1,46 +1,30 @@
 """What this user may not look at, as on a cluster another user's folders: one line that says so, exit status 2, nothing written."""
 
-import functools
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from conftest import MAIN, PATIENCE, make_class_folders, run_main
 
-# For root everything is open, unless these are dropped.
-WITHOUT_RIGHTS = (
-    ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
-    if os.geteuid() == 0
-    else []
-)
 TINY = ["--device", "cpu", "--dataset", "sample", "--model_config", "{'depth': 8}", "--epochs", "1"]
 
 
-@functools.cache
-def held_off() -> bool:
-    """Whether a process without rights is held off by a folder's mode."""
-    if WITHOUT_RIGHTS and shutil.which("setpriv") is None:
-        return False
-    look = "import os, tempfile; place = tempfile.mkdtemp(); os.chmod(place, 0)\ntry: os.listdir(place)\nfinally: os.rmdir(place)"
-    done = subprocess.run([*WITHOUT_RIGHTS, sys.executable, "-c", look], capture_output=True, text=True, check=False)
-    return "PermissionError" in done.stderr
+Run = Callable[..., subprocess.CompletedProcess]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _rights_can_be_dropped() -> None:
-    if not held_off():
-        pytest.skip("this user may enter every folder, and setpriv cannot drop that")
-
-
-def without_rights(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+@pytest.fixture
+def without_rights(ordinary_user) -> Run:
     """Runs the script as a user whom a folder's mode holds off."""
-    command = [*WITHOUT_RIGHTS, sys.executable, str(MAIN), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+    def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
+        command = [*ordinary_user, sys.executable, str(MAIN), *map(str, arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +56,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_one_line_that_permission_is_denied(folder, arguments, option, path):
+def test_one_line_that_permission_is_denied(folder, without_rights, arguments, option, path):
     before = sorted(folder.rglob("*"))
     done = without_rights(*TINY, "--save", "run", *arguments, cwd=folder)
     assert done.returncode == 2, done.stderr
@@ -84,7 +68,7 @@ def test_one_line_that_permission_is_denied(folder, arguments, option, path):
 
 
 @pytest.mark.parametrize("name", ["args.json", "checkpoint.pth.tar"])
-def test_a_run_that_may_not_be_read_is_not_to_be_overwritten(tmp_path, name):
+def test_a_run_that_may_not_be_read_is_not_to_be_overwritten(tmp_path, without_rights, name):
     run = [*TINY, "--save", "run", "--epochs"]
     run_main(*run, 2, cwd=tmp_path)  # the checkpoint of the first epoch must not be taken in the latest one's place
     closed = tmp_path / "results" / "run" / name
@@ -101,7 +85,7 @@ def test_a_run_that_may_not_be_read_is_not_to_be_overwritten(tmp_path, name):
     assert closed.read_bytes() == content
 
 
-def test_images_in_a_folder_that_may_not_be_listed_are_decoded_without_a_lock(tmp_path):
+def test_images_in_a_folder_that_may_not_be_listed_are_decoded_without_a_lock(tmp_path, without_rights):
     images = tmp_path / "CIFAR10"
     make_class_folders(images, train=1, test=1)
     images.chmod(0o311)

@@ -19,19 +19,16 @@ from pathlib import Path
 import forks
 import numpy as np
 import pytest
+import soak
+import study
 import torch
 from conftest import PATIENCE, ROOT, until
+from soaking import jobs
 
 import data
 import quantize
 from models import MODELS
 from training import arguments, regimes
-
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import soak
-import study
-from soaking import jobs
 
 SCRIPTS = {
     "train-cifar10-fp.sh": "resnet8",
