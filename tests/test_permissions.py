@@ -10,8 +10,6 @@ import pytest
 from conftest import MAIN, PATIENCE, make_class_folders, run_main
 
 TINY = ["--device", "cpu", "--dataset", "sample", "--model_config", "{'depth': 8}", "--epochs", "1"]
-
-
 Run = Callable[..., subprocess.CompletedProcess]
 
 
