@@ -6,7 +6,7 @@
     python scripts/report.py results/short --out results/short/report --readme results/short/README.md
 
 Writes report.md, report.csv (one line a group of seeds), report_comparisons.csv and pictures as PNG and SVG. Numbers come from the
-run folders alone; runs that are unfinished, damaged or out of line are listed with the reason and do not enter any mean.
+run folders alone. Unfinished or damaged runs enter no mean; they, and those that are out of line, are listed with the reason.
 """
 
 import argparse

@@ -42,7 +42,7 @@ def load_imagenet(
     try:
         train = ImageFolder(folder / "train", transforms.Compose(augment + finish))
         validation = ImageFolder(folder / ("train" if holdout else "val"), transforms.Compose(center + finish))
-    except (FileNotFoundError, OSError) as error:
+    except OSError as error:
         raise UsageError(f"--data_dir {data_dir}: {' '.join(str(error).split())}") from None
     if train.classes != validation.classes:
         differing = sorted(set(train.classes) ^ set(validation.classes))

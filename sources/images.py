@@ -6,7 +6,6 @@ import functools
 import hashlib
 import io
 import os
-import urllib.error
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -125,7 +124,7 @@ def _read_with_torchvision(class_name: str, folders: tuple[str, ...], data_dir: 
                 test = dataset(root, train=False, download=True)
                 found = _from_torchvision(train, test, f"{class_name} in {root}, just downloaded")
             return found
-    except (RuntimeError, urllib.error.URLError, OSError) as error:
+    except (RuntimeError, OSError) as error:
         for folder in [root / class_name / "raw", root / class_name, *made]:
             with contextlib.suppress(OSError):  # removed only where the attempt made it and left it empty
                 folder.rmdir()
@@ -265,12 +264,12 @@ def _decode(paths: list[Path], split: str) -> np.ndarray:
 
 
 def _decode_one(path: Path) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(path.read_bytes())) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"--data_dir: the image {path} cannot be read ({_one_line(error)})") from None
     if pixels.shape != (SIDE, SIDE, 3):
         raise UsageError(f"--data_dir: the image {path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, not {SIDE}x{SIDE}")

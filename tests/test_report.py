@@ -313,6 +313,18 @@ def test_what_is_committed_is_not_mixed_with_ones_own_runs(tmp_path):
     assert {run for folder in (tmp_path / "results").iterdir() if folder != own for run in runs.find(folder)} == kept
 
 
+def test_runs_behind_links_are_found_once(tmp_path):
+    """Results that lie on another disk; a link that leads back ends nowhere."""
+    kept = make_run(tmp_path / "disk" / "prox_run_0", "prox", 0, 20.0)
+    here = make_run(tmp_path / "results" / "prox_run_1", "prox", 1, 20.0)
+    (tmp_path / "results" / "prox_run_0").symlink_to(kept)
+    (tmp_path / "results" / "back").symlink_to(tmp_path / "results")
+    (tmp_path / "results" / "again").symlink_to(tmp_path / "disk")
+    found = report.read_runs([tmp_path / "results"])
+    assert {run.folder.resolve() for run in found} == {kept, here}
+    assert len(found) == 2
+
+
 @pytest.mark.parametrize("folder", ["published", "steps", "held_out", "precision", "family"])
 def test_committed_reports_are_those_of_their_runs(tmp_path, folder, monkeypatch):
     """The command beside them makes them again; pictures apart, whose bytes are matplotlib's."""

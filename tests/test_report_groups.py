@@ -59,6 +59,25 @@ def test_what_ran_sets_groups_apart(tmp_path, facts):
     assert len(collected(first, second)[0]) == 2
 
 
+def test_samples_that_differ_behind_the_same_words_are_no_group_and_no_section(tmp_path):
+    """As original pixels and a lossy copy in class folders do. Of an older run it is not known which of them it read."""
+
+    def make(name, seed, sha256, **more):
+        folder = make_run(tmp_path / name, "prox", seed, 20.0, **more)
+        read = json.loads((folder / "args.json").read_text())["data"]
+        return add_facts(folder, data=read | ({"sha256": sha256} if sha256 else {}))
+
+    ours, older, other = make("a", 0, "ab" * 32), make("b", 1, None), make("c", 2, "cd" * 32)
+    assert [group.seeds for group in collected(ours, older)[0]] == [[0, 1]], "one data set alone is known"
+    found, _ = collected(ours, older, other)
+    sections = tables.sections(found)
+    said = {section.groups[0].seeds[0]: section.data.rpartition("images, ")[2] for section in sections}
+    assert said == {0: "sha256 abababababababab", 1: "whose sha256 is not known", 2: "sha256 cdcdcdcdcdcdcdcd"}
+    assert [len(section.groups) for section in sections] == [1, 1, 1]
+    from_other = make("d", 3, "ab" * 32, resume=str(other))
+    assert collected(from_other)[0][0].warm_start == (f"{tmp_path.name}/c", None)
+
+
 @pytest.mark.parametrize(
     ("source", "left"),
     [

@@ -44,6 +44,18 @@ def test_the_error_of_a_warm_start_is_that_of_the_weights_that_the_run_began_wit
     assert group.warm_start[1] == pytest.approx(18.5)
 
 
+@pytest.mark.parametrize(("began", "error"), [((2, True), 23.0), ((2, False), None), ((None, None), 17.5)])
+def test_the_error_of_the_last_checkpoint_is_that_of_its_epoch_then(tmp_path, began, error):
+    """The full-precision run was lengthened afterwards; what an unfinished one had, between two epochs, is not known."""
+    start = make_run(tmp_path / "fp_run_0", None, 0, 17.0)
+    (start / "checkpoint.pth.tar").write_bytes(b"")
+    folder = make_run(tmp_path / "prox_run_0", "prox", 0, 20.0, resume=str(start / "checkpoint.pth.tar"))
+    epoch, finished = began
+    add_facts(folder, warm_start={"path": str(start), "epoch": epoch, "score": 80.0, "sha256": "ab" * 32, "finished": finished})
+    (group,) = collected(folder)[0]
+    assert group.warm_start[1] == error
+
+
 def test_one_warm_start_is_claimed_only_of_equal_weights(tmp_path):
     """The same place may have held other weights: checksums decide, and where there are none the report says so."""
     start = make_run(tmp_path / "fp_run_0", None, 0, 17.0)

@@ -32,7 +32,6 @@ class Line:
         by_run = [{row["epoch"]: row[column] for row in run.rows if row.get(column) is not None} for run in runs]
         epochs = sorted(set.intersection(*(set(values) for values in by_run)))
         table = factor * np.array([[values[epoch] for epoch in epochs] for values in by_run])
-        table = table.reshape(len(runs), len(epochs))
         return np.array(epochs), table.mean(0), table.min(0), table.max(0)
 
 

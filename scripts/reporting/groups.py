@@ -215,10 +215,12 @@ def collect(found: list[Run]) -> tuple[list[Group], list[LeftOut]]:
     """The groups in the order of the tables, and all that is not as it should be."""
     left_out = [LeftOut(run, run.problem) for run in found if run.problem]
     sorted_runs: dict[str, list[Run]] = {}
-    identities, known = {}, _checksums_of_places(found)
+    identities, known, several = {}, _checksums_of_places(found), _alike_by_words_alone(found)
     for run in (run for run in found if not run.problem):
         one = identity(run)
         one["resume"] = known.get(one["resume"], one["resume"])
+        if (one["dataset"], run.data) in several:
+            one[DATA] = f"{run.data}, {f'sha256 {run.digest[:16]}' if run.digest else 'whose sha256 is not known'}"
         key = json.dumps(one, sort_keys=True)
         identities[key] = one
         same_seed = [other for other in sorted_runs.get(key, []) if other.arguments["seed"] == run.arguments["seed"]]
@@ -245,6 +247,14 @@ def _checksums_of_places(found: list[Run]) -> dict[str, str]:
         if checksum(run) and (place := _place(run, run.arguments.get("resume"))):
             known.setdefault(place, set()).add(checksum(run))
     return {place: next(iter(sums)) for place, sums in known.items() if len(sums) == 1}
+
+
+def _alike_by_words_alone(found: list[Run]) -> set[tuple[str, str | None]]:
+    """Data sets, and what was read of them in words, behind which there are different samples, or an order of its own."""
+    digests: dict[tuple[str, str | None], set[str]] = {}
+    for run in (run for run in found if not run.problem and run.digest):
+        digests.setdefault((run.arguments["dataset"], run.data), set()).add(run.digest)
+    return {words for words, different in digests.items() if len(different) > 1}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -297,13 +307,17 @@ def _warm_start(run: Run, found: list[Run]) -> tuple[str, float | None] | None:
     path = Path(place)
     folder = path.parent if os.path.isfile(path) else path
     start = next((other for other in found if other.folder.resolve() == folder), None) or runs.read(folder)
-    if start.problem or section_key(identity(start)) != section_key(identity(run)):
+    other_images = start.digest and run.digest and start.digest != run.digest
+    if start.problem or other_images or section_key(identity(start)) != section_key(identity(run)):
         return runs.short_path(place), None  # of an unfinished run, or on other images: no figure that the run can be held against
     if begins_with_best(run):
         score = run.warm_start.get("score")  # as it was then: the best network is another one where that run has gone on
         return start.name, start.best if score is None else run.measure.of_score(score)
     kept = re.fullmatch(r"checkpoint(?:_epoch_(\d+))?\.pth\.tar", path.name)
-    epoch = (int(kept[1]) if kept[1] else start.arguments["epochs"]) if kept else None
+    if kept is None or (kept[1] is None and run.warm_start.get("finished") is False):  # then it may lie inside an epoch
+        return runs.short_path(place), None
+    trained = run.warm_start.get("epoch")  # as it was then: that run may have gone on
+    epoch = int(kept[1] or (trained if isinstance(trained, int) else start.arguments["epochs"]))
     return runs.short_path(place), start.at(epoch, start.score)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import HISTOGRAMS, SCALARS, EventAccumulator
 
-from reporting.facts import from_facts, from_log
+from reporting.facts import from_facts, from_log, parts
 from reporting.measures import ERROR, PERPLEXITY, Measure
 from training import checkpoints, regimes
 
@@ -115,6 +115,12 @@ class Run:
         found = self.facts.get("warm_start")
         return found if isinstance(found, dict) else {}
 
+    @property
+    def digest(self) -> str | None:
+        """The sha256 of the samples that were read, in their order; None where it is not written."""
+        found = [part["data"].get("sha256") for part in parts(self.facts) if isinstance(part.get("data"), dict)]
+        return next((digest for digest in found if isinstance(digest, str)), None)
+
     def at(self, epoch: int, column: str) -> float | None:
         """A figure of the row after so many epochs; None where there is none."""
         return next((row.get(column) for row in self.rows if row["epoch"] == epoch), None)
@@ -135,10 +141,13 @@ def find(path: Path) -> list[Path]:
     os.listdir(os.path.join(path, "."))  # with the dot it also takes the right to enter
     found: list[Path] = []
     unreadable: list[OSError] = []
-    for folder, folders, files in os.walk(path, onerror=unreadable.append):
-        if KEPT in files and Path(folder) != path:
+    seen: set[str] = set()  # a link may lead back
+    for folder, folders, files in os.walk(path, onerror=unreadable.append, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen or (KEPT in files and Path(folder) != path):
             folders.clear()
             continue
+        seen.add(real)
         if any(mark in files for mark in _MARKS):
             found.append(Path(folder))
             folders.clear()  # what lies in a run's folder is the run's

@@ -32,8 +32,7 @@ def schedule_text(run: Run, identity: dict[str, Any]) -> str:
 def regime_text(run: Run) -> str:
     """Optimizer and learning rates; ``0.01 -> 0.001@3`` changes when 3 epochs are trained."""
     if run.regime is None:
-        rates, settings = _rates_of(run), []
-        return f"rate {rates} (no log says the optimizer)"
+        return f"rate {_rates_of(run)} (no log says the optimizer)"
     first, *later = sorted(run.regime)
     start = run.regime[first]
     rates = " -> ".join([shown(start.get("lr")), *(f"{shown(run.regime[e]['lr'])}@{e}" for e in later if "lr" in run.regime[e])])

@@ -72,8 +72,9 @@ _SIGN_TABLE = (
     "quantizes (some spare the first and the last), then over seeds."
 )
 _COMMANDS = (
-    "The first seed's command of each group; the others differ in `--seed`, `--save` and `--tb_dir`. Of absolute paths the last "
-    "two parts are left."
+    "The first seed's command of each group; the others differ in `--seed`, and may in where things lie (`--save`, `--tb_dir` and the "
+    "like) and in what changes a number by rounding alone (`--compile`, `--capture` and the like). Of absolute paths the last two "
+    "parts are left."
 )
 _DOUBLE_QUOTABLE = re.compile(r"[^\"$`\\!]*")
 
@@ -129,7 +130,8 @@ def answer(
             rows.append([group.number, group.method, mean, doubt(group), *test, *figure, group.schedule])
         parts += [f"**{section.title(note)}**", tables.table(heads, rows), _verdicts(section, pairs)]
     if left_out:
-        parts.append(f"Left out, or not as it should be: {len(left_out)} of the runs. The last list says which and why.")
+        count = len({one.run.folder for one in left_out})
+        parts.append(f"Left out, or not as it should be: {count} of the runs. The last list says which and why.")
     return "\n\n".join(part.rstrip() for part in parts if part)
 
 
