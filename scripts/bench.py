@@ -220,6 +220,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.json and not args.json.absolute().parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.absolute().parent}")
+    if args.json and args.json.is_dir():
+        parser.error(f"--json {args.json}: a file is needed, not a folder")
     computing.keep_freed_memory()
     try:
         device, _ = utils.select_device(args.device, [0], gpus_typed=False)

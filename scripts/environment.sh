@@ -11,7 +11,7 @@ fail() {
 }
 
 _called_in=$PWD
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+CDPATH= cd -- "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 if [ "$_called_in" != "$PWD" ]; then
     for _place in RESULTS_DIR TB_DIR DATA_DIR RESUME; do
         if [[ -n ${!_place:-} && ${!_place} != /* ]]; then printf -v "$_place" %s "$_called_in/${!_place}"; fi

@@ -107,7 +107,7 @@ def table(packed: packing.Packed, state: dict[str, Tensor], content: bytes) -> s
 
 
 def export(args: Namespace, out: Path, half: str | None) -> None:
-    """Writes the file, after reading back what it will hold; raises UsageError where the network cannot be packed."""
+    """Writes the file, after decoding what it will hold; raises UsageError where the network cannot be packed."""
     kept = evaluation.read_kept(args)
     if kept.mode is quantize.FULL_PRECISION:
         raise UsageError(
@@ -136,15 +136,14 @@ def export(args: Namespace, out: Path, half: str | None) -> None:
         content = packing.pack(state, quantized, kept.mode.name, facts)
     except packing.PackedError as error:
         raise UsageError(f"{kept.path}: {error}") from None
-    write_whole(out, lambda file: file.write(content))
-    packed = packing.unpack(out.read_bytes())
+    packed = packing.unpack(content)
     found = packed.state_dict()
     differing = [
         name for name in {**state, **found} if name not in found or name not in state or not same(found[name], state[name])
     ]
     if differing:
-        out.unlink()
-        raise OSError(f"{out}: {differing[0]!r} was not read back as it was written")
+        raise OSError(f"{out}: not written, {differing[0]!r} would not be read back as it is")
+    write_whole(out, lambda file: file.write(content))
     times = sum(value.nbytes for value in state.values()) / len(content)
     print(table(packed, state, content))
     print(f"{out}: {len(content):,} bytes, the tensors take {times:.1f} times that")
@@ -161,7 +160,7 @@ def same(left: Tensor, right: Tensor) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0 written, 1 could not be written, 2 bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("network", help="a run's folder (its model_best.pth.tar) or a checkpoint file")
+    parser.add_argument("network", help="a run's folder (its model_best.pth.tar) or a checkpoint; before all borrowed flags")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.safetensors")
     parser.add_argument("--half", choices=HALVES, help="keep what is not quantized in half precision")
     parser.add_argument("--verify", action="store_true", help="evaluate the network and the file on the validation set")

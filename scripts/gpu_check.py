@@ -23,6 +23,10 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import utils
+
 ROOT = Path(__file__).parent.parent
 MAIN = [sys.executable, str(ROOT / "main_binary_reg.py")]
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rs", "-p", "no:cacheprovider"]
@@ -180,7 +184,10 @@ def main() -> int:
     for name, limit in limits.items():
         if not limit.isdecimal():
             parser.error(f"--limits {name}={limit}: whole seconds are needed")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {args.out}: {error.strerror}")
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what runs ends with this process
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     here = machine()
@@ -198,7 +205,7 @@ def main() -> int:
         measured = figures(name, out)
         row = {"title": part.title, "date": time.strftime("%Y-%m-%d"), "ended": ended, "seconds": round(seconds, 1)}
         summary["parts"][name] = {**row, "figures": measured}
-        (out / "gpu_check.json").write_text(json.dumps(summary, indent=2) + "\n")  # after each: what was measured stays
+        utils.write_text(out / "gpu_check.json", json.dumps(summary, indent=2) + "\n")  # after each: what was measured stays
     print(f"\n{'part':10}{'':48}{'seconds':>9}  ended")
     for name, row in summary["parts"].items():
         print(f"{name:10}{row['title']:48}{row['seconds']:>9.1f}  {row['ended']}")

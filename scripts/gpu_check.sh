@@ -4,8 +4,11 @@
 #   scripts/gpu_check.sh
 #   PYTHON=/path/to/python scripts/gpu_check.sh --dataset cifar10 --data_dir Datasets
 #
+# Relative places among the arguments are those of the folder that it is called in.
 # With PYTHON (torch 2.9 or later, pytest, hypothesis and requirements.txt) it needs no network.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 make_environment requirements-dev.txt
-exec "$PYTHON" scripts/gpu_check.py "$@"
+script=$PWD/scripts/gpu_check.py
+cd "$_called_in"
+exec "$PYTHON" "$script" "$@"

@@ -24,6 +24,8 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("make_sample.py: error: one folder with the four idx.gz files of Fashion-MNIST is needed")
     source = Path(sys.argv[1])
     arrays = {}
     for split, per_class in PER_CLASS.items():

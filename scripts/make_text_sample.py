@@ -53,6 +53,8 @@ def sentences(chapter: str) -> list[list[str]]:
 
 
 def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("make_text_sample.py: error: one file is needed, janeaustenr's Rdata.rdb")
     book = chapters(next(lines for lines in texts(Path(sys.argv[1]).read_bytes()) if lines[0] == TITLE))
     parts, first = {}, 0
     for name, last in LAST_CHAPTER.items():

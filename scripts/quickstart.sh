@@ -4,6 +4,7 @@
 # finds everything complete.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
+[ $# -eq 0 ] || fail "$*: no argument is taken; RESULTS_DIR=... before the command says where the runs are kept"
 make_environment requirements.txt
 
 RESULTS_DIR=${RESULTS_DIR:-results/quickstart}

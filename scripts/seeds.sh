@@ -28,6 +28,7 @@ export SHORTER
 [[ ${RUNS_PER_GPU:-1} =~ ^[1-9][0-9]{0,2}$ ]] || fail "RUNS_PER_GPU=$RUNS_PER_GPU: a whole number from 1 to 999 is needed"
 DEPTH=${DEPTH:-20}
 SEEDS=${SEEDS:-0 1 2 3}
+[ -n "${SEEDS//[[:space:]]/}" ] || fail "SEEDS=\"$SEEDS\": at least one seed is needed"
 MODEL=${MODEL:-resnet}
 DATASET=${DATASET:-cifar10}
 DATA_DIR=${DATA_DIR:-Datasets}
@@ -140,7 +141,7 @@ wait_for_one() {
     local pid status=0 ended last
     wait -n -p pid || status=$?
     ended=${seed_of[$pid]}
-    last=$(tail -n 1 "$RESULTS_DIR/${name}_run_$ended.out")
+    last=$(tail -n 1 "$RESULTS_DIR/${name}_run_$ended.out" 2> /dev/null) || last="its output cannot be read"
     if [ "$status" -eq 0 ]; then
         echo "seed $ended: $last"
     else

@@ -220,7 +220,7 @@ def main() -> int:
         parser.error(f"--kinds {unknown[0]}: {', '.join(KINDS)} are accepted")
     if args.each < 1:
         parser.error(f"--each {args.each}: a whole number from 1 up is needed")
-    if args.folder and args.folder.exists() and any(args.folder.iterdir()):
+    if args.folder and args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         parser.error(
             f"--folder {args.folder}: a new or an empty folder is needed, so that no run of another soak is taken for one of this"
         )

@@ -100,6 +100,32 @@ def test_a_failing_seed_is_named(tmp_path):
     assert "seed 2: fine" in done.stdout
 
 
+def test_a_seed_whose_output_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "results" / "resnet8_pq_binary_Adam_run_1.out").mkdir(parents=True)
+    done = run("train-cifar10-pq-binary.sh", env=environment(tmp_path, tmp_path, PYTHON=fake_python(tmp_path, "echo fine")))
+    assert done.returncode == 1
+    assert "seed 1: FAILED with status 1: its output cannot be read" in done.stderr
+    assert done.stderr.splitlines()[-1] == "resnet8_pq_binary_Adam: 1 of 2 seeds FAILED: 1"
+    assert "seed 0: fine" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["train-cifar10-pq-binary.sh", "reproduce.sh"])
+def test_no_seeds_are_no_success(tmp_path, script):
+    done = run(script, env=environment(tmp_path, tmp_path, SCHEDULE="short", SEEDS=" "))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == 'error: SEEDS=" ": at least one seed is needed\n'
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_path_of_cd_leads_nowhere_else(tmp_path):
+    (tmp_path / "scripts").mkdir()
+    fake = fake_python(tmp_path, "pwd")
+    settings = environment(tmp_path, tmp_path, PYTHON=fake, SEEDS="0", CDPATH=str(tmp_path))
+    done = subprocess.run(["scripts/train-cifar10-fp.sh"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=settings)
+    assert done.returncode == 0, done.stderr
+    assert f"seed 0: {ROOT}" in done.stdout
+
+
 @pytest.mark.parametrize(("gpus", "per_gpu", "at_once"), [("", "1", 1), ("0 1", "1", 2), ("0 1", "2", 4)])
 def test_more_seeds_than_places_queue_up(tmp_path, gpus, per_gpu, at_once):
     """Each run waits until as many have begun as may run at once, and the log says how many there ever were."""
@@ -276,7 +302,10 @@ def test_what_checks_a_gpu_ends_with_what_it_started(tiny_data, tmp_path):
         ("gpu_check.py", ("--limits", "bench:9"), "there is no part bench:9"),
         ("soak.py", ("--each", "0"), "--each 0"),
         ("soak.py", ("--folder", ROOT / "docs"), "--folder"),
+        ("soak.py", ("--folder", ROOT / "README.md"), "--folder"),
+        ("gpu_check.py", ("--out", ROOT / "README.md"), "--out"),
         ("bench.py", ("--json", "nowhere/figures.json"), "--json nowhere/figures.json"),
+        ("bench.py", ("--json", ROOT / "docs"), "--json"),
         ("bench.py", ("--device", "cuda"), "--device cuda"),
     ],
 )

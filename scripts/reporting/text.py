@@ -72,9 +72,9 @@ _SIGN_TABLE = (
     "quantizes (some spare the first and the last), then over seeds."
 )
 _COMMANDS = (
-    "The first seed's command of each group; the others differ in `--seed`, and may in where things lie (`--save`, `--tb_dir` and the "
-    "like) and in what changes a number by rounding alone (`--compile`, `--capture` and the like). Of absolute paths the last two "
-    "parts are left."
+    "The first seed's command of each group; the others differ in `--seed`, and may in where things lie (`--save`, `--tb_dir` and "
+    "the like) and in what changes a number by rounding alone (`--compile`, `--capture` and the like). Of absolute paths the last "
+    "two parts are left."
 )
 _DOUBLE_QUOTABLE = re.compile(r"[^\"$`\\!]*")
 
