@@ -95,7 +95,7 @@ class SomeRows:
         matrix = in_memory_order(here).view(len(here), here.numel() // max(1, len(here)))[self._rows]
         if not is_sharded(tensor) or has_whole_rows(tensor):
             return Rows(matrix)
-        return Rows(matrix, tensor.numel() // max(1, len(tensor)), over_shards(tensor))
+        return Rows(matrix, tensor.numel() // max(1, len(tensor)), over_shards(tensor, of_rows=True))
 
     def write(self, x: Groups, tensors: Sequence[Tensor]) -> None:
         _copy_elsewhere(x, self.read(tensors))

@@ -51,23 +51,23 @@ def strength_of(value: Any, mode: ProjectionMode) -> float:
     return strength
 
 
-def refuse_line_search(base_optimizer: torch.optim.Optimizer) -> None:
-    if isinstance(base_optimizer, torch.optim.LBFGS):
-        raise ValueError(
-            "LBFGS cannot be wrapped: it evaluates its closure several times in a step, and the projection belongs between"
-        )
-
-
-def check(base_optimizer: Any, groups: Sequence[tuple[Named, ProjectionMode]], capturable: bool) -> None:
+def check_base(base_optimizer: Any) -> None:
     if not isinstance(base_optimizer, torch.optim.Optimizer):
         raise TypeError(f"the base optimizer is a {type(base_optimizer).__name__}: one of torch.optim is needed")
     if hasattr(base_optimizer, "base_optimizer"):
         raise TypeError(
             "the base optimizer is wrapped already: several modes are one wrapper, ProjectedOptimizer(base, [(pairs, mode), ...])"
         )
-    refuse_line_search(base_optimizer)
-    if any("lr" not in group for group in base_optimizer.param_groups):
+    if isinstance(base_optimizer, torch.optim.LBFGS):
+        raise ValueError(
+            "LBFGS cannot be wrapped: it evaluates its closure several times in a step, and the projection belongs between"
+        )
+    if any(group.get("lr") is None for group in base_optimizer.param_groups):
         raise ValueError(f"{type(base_optimizer).__name__}'s parameter groups have no learning rate, lr, which pulls are scaled by")
+
+
+def check(base_optimizer: Any, groups: Sequence[tuple[Named, ProjectionMode]], capturable: bool) -> None:
+    check_base(base_optimizer)
     names: set[str] = set()
     seen: set[int] = set()
     for pairs, mode in groups:

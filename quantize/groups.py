@@ -103,7 +103,10 @@ class Rows:
         if self._reduce:
             raise ValueError(IN_PARTS)
         values = function(self.pieces[0])
-        return values.median(1, keepdim=True).values if values.shape[1] else values.new_zeros(len(values), 1)
+        if not values.shape[1]:
+            return values.new_zeros(len(values), 1)
+        # Where it also finds the medians' places, CUDA's median is refused under deterministic algorithms.
+        return values.median(1, keepdim=True).values if values.device.type == "cpu" else _median_by_sorting(values)
 
     def max(self, function: Function) -> Tensor:
         """As ``OneTensor.max``."""
@@ -160,6 +163,12 @@ class SideBySide:
     def _inside(self, values: Tensor) -> Tensor:
         """A function's values, zero again between the tensors, where it need not be zero at zero."""
         return values if values is self.pieces[0] else self._layout.zero_between(values)
+
+
+def _median_by_sorting(rows: Tensor) -> Tensor:
+    """Lower median of each row, ``(rows, 1)``; NaN where a row has one."""
+    ordered = rows.sort(1).values  # NaN last
+    return torch.where(ordered[:, -1:].isnan(), torch.nan, ordered[:, [(rows.shape[1] - 1) // 2]])
 
 
 def _by_short_rows(values: Tensor) -> Tensor:

@@ -16,13 +16,16 @@ def explain(model: nn.Module, mode: ProjectionMode) -> dict[str, str]:
 
 def reasons(model: nn.Module, mode: ProjectionMode) -> dict[str, str]:
     """For every parameter of a network "quantized", or the reason why it is not."""
-    layers, refused = {}, {}
+    layers, refused = {}, {}  # the weights of both, in the network's order: their identities, or names
     for name, parameter in walk(model):
         if isinstance(parameter, str):
             refused[name] = parameter
-        else:
-            layers.setdefault(id(parameter), name)
-    selected = {id(parameter) for _, parameter in mode.select(model)} if not refused else set(layers)
+        layers.setdefault(name if isinstance(parameter, str) else id(parameter), name)
+    if refused:  # then select() raises
+        ends = int(mode.quantizer.spares_ends)
+        selected = set([*layers][ends : len(layers) - ends])
+    else:
+        selected = {id(parameter) for _, parameter in mode.select(model)}
     asking = [name + "." if name else "" for name, module in model.named_modules() if decides_itself(module)]
     found = {}
     for prefix, module in model.named_modules():
@@ -41,7 +44,7 @@ def reasons(model: nn.Module, mode: ProjectionMode) -> dict[str, str]:
             elif own.rpartition(".")[2].startswith("bias") or own.endswith("_bias"):
                 reason = "in full precision: a bias"
             else:
-                reason = f"in full precision: {layer} is no layer that multiplies with weights"
+                reason = f"in full precision: {layer} is none of the layers that are known to multiply with weights"
             found[own] = reason
     for name, reason in refused.items():
         found[name] = f"refused: {reason}"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from quantize.quantizers import binarize
+from quantize.shards import whole
 
 
 def binary_level(w: Tensor) -> Tensor:
@@ -30,14 +31,15 @@ def measure(
     """All metrics of all quantized parameters: ``{"binary" | "quant_error" | "sign_change": {parameter name: value}}``.
 
     ``latent`` are the weights now, ``quantized`` their hard quantization, ``start`` copies of the weights (or their signs) at the
-    start of the run. Reads back from the device once. Empty where nothing is quantized.
+    start of the run. Reads back from the device once. Empty where nothing is quantized. Of sharded parameters all processes call
+    it, and each has the figures of the whole.
     """
     if not latent:
         return {}
     table = {
-        "binary": [binary_level(w) for w in latent.values()],
-        "quant_error": [quantization_error(w, quantized[name]) for name, w in latent.items()],
-        "sign_change": [sign_change(w, start[name]) for name, w in latent.items()],
+        "binary": [binary_level(whole(w)) for w in latent.values()],
+        "quant_error": [quantization_error(whole(w), whole(quantized[name])) for name, w in latent.items()],
+        "sign_change": [sign_change(whole(w), whole(start[name])) for name, w in latent.items()],
     }
     device = next(iter(latent.values())).device  # of a model on several
     values = [value.float().to(device) for column in table.values() for value in column]

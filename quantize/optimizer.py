@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quantize import saving
-from quantize.checks import Pairs, check, groups_of, refuse_line_search, strength_of
+from quantize.checks import Pairs, check, check_base, groups_of, strength_of
 from quantize.modes import ProjectionMode
 from quantize.projection import Projection
 from quantize.written import Snapshot
@@ -65,13 +65,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """The optimizer that makes the step. May be replaced between two steps; frozen parameters are taken out of the new one.
 
         Raises:
+            TypeError: if the new one is of another kind, or wrapped already.
             ValueError: if the new one lacks a parameter that is quantized and not frozen.
         """
         return self._base_optimizer
 
     @base_optimizer.setter
     def base_optimizer(self, base_optimizer: torch.optim.Optimizer) -> None:
-        refuse_line_search(base_optimizer)
+        check_base(base_optimizer)
         self._require({id(parameter) for group in base_optimizer.param_groups for parameter in group["params"]})
         self._base_optimizer = base_optimizer
         if self.frozen:
@@ -256,16 +257,17 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             return
         with torch.no_grad():
             self._check_finite()
-            hidden = [now.kept() for now in self._now()]
-            for projection in self._projections:
-                projection.hard_quantize(projection.parameters)
-            self._hidden = hidden
-            versions = [parameter._version for _, parameter in self._named()]
-        torch.clear_autocast_cache()
+            self._hidden = [now.kept() for now in self._now()]
+        versions = None
         try:
+            with torch.no_grad():
+                for projection in self._projections:
+                    projection.hard_quantize(projection.parameters)
+            versions = [parameter._version for _, parameter in self._named()]
+            torch.clear_autocast_cache()
             yield
         finally:
-            if versions != [parameter._version for _, parameter in self._named()]:
+            if versions not in (None, [parameter._version for _, parameter in self._named()]):
                 warnings.warn("weights written into the model inside hard_quantized() are undone at its end", stacklevel=3)
             with torch.no_grad():
                 for projection, before in zip(self._projections, self._hidden, strict=True):
@@ -287,8 +289,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         if self.frozen:
             return
         self._check_finite()
-        for projection in self._projections:
-            projection.quantize_for_good()
+        before = [now.kept() for now in self._now()]
+        try:
+            for projection in self._projections:
+                projection.quantize_for_good()
+        except BaseException:  # an interruption too: the weights in training must not be lost half-way
+            for projection, one in zip(self._projections, before, strict=True):
+                projection.put_back(one)
+            raise
         self._end_projection(quantized=True)
 
     # Saving, loading and copying.

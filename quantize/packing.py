@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantize import codes
@@ -23,6 +24,7 @@ from quantize.codes import MOST_VALUES, Coded
 from quantize.finished import NotQuantized
 from quantize.optimizer import ProjectedOptimizer
 from quantize.packed_table import DTYPES, WORDS, Line, PackedError, check_sizes, lines_of
+from quantize.shards import is_sharded, whole
 
 VERSION = "2"
 KEY = "proxquant"  # of the version in the container's metadata, which also holds mode, facts and table
@@ -61,7 +63,7 @@ def save_packed(
     """Writes the finished network: what the optimizer quantizes hard-quantized (frozen or not), the rest of the model as it is.
 
     Args:
-        path: of the file; it is written whole or not at all.
+        path: of the file; it is written whole or not at all. Of a sharded model all processes call it, and the first one writes.
         model: whose state_dict is packed. It may be in training, and is left as it is.
         optimizer: over parameters of this model, under the names that they have in its state_dict.
         facts: plain values to be kept beside it, see ``Packed``.
@@ -85,13 +87,15 @@ def save_packed(
     of_parameter = {id(held[name]): name for name in quantized}  # one that layers share is quantized under all its names
     state, coded = {}, []
     for name, value in held.items():
-        if isinstance(value, nn.Parameter) and not value.isfinite().all():
-            raise PackedError(f"{name!r}: it holds values that are not finite numbers")
         source = of_parameter.get(id(value))
-        state[name] = value if source is None else quantized[source]
+        state[name] = whole(value if source is None else quantized[source])
+        if isinstance(value, nn.Parameter) and not state[name].isfinite().all():
+            raise PackedError(f"{name!r}: it holds values that are not finite numbers")
         coded += [] if source is None else [name]
     modes = ",".join(dict.fromkeys(mode.name for mode in optimizer.modes))
-    _write_whole(Path(path), pack(state, coded, modes, facts))
+    content = pack(state, coded, modes, facts)
+    if not any(map(is_sharded, held.values())) or dist.get_rank() == 0:
+        _write_whole(Path(path), content)
 
 
 def load_packed(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -221,7 +221,7 @@ class StochasticBinary(Binary):
 
     def assign(self, w: Tensor, fitted: Fitted) -> Tensor:
         drawn = torch.rand(w.shape, generator=fitted[0], dtype=wide(w).dtype, device=w.device)
-        return sign(self.chance(wide(w)).sub_(drawn)).to(w.dtype)
+        return sign(drawn.sub_(self.chance(wide(w)))).neg_().to(w.dtype)  # +1 below the chance: never where that is 0
 
     def chance(self, w: Tensor) -> Tensor:
         """The probability of +1."""

@@ -30,7 +30,7 @@ def copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 
 def has_whole_rows(tensor: Tensor) -> bool:
     """Whether a sharded tensor is cut between its rows only."""
-    return all(placement.is_replicate() or placement.is_shard(0) for placement in tensor.placements)
+    return all(placement.is_replicate() or placement.dim == 0 for placement in tensor.placements)
 
 
 def part(tensor: Tensor) -> tuple[int, ...]:
@@ -47,12 +47,14 @@ def over_all(tensor: Tensor, value: Tensor, how: str) -> Tensor:
 
 def over_group(tensor: Tensor, by_row: bool, values: Tensor, how: str) -> Tensor:
     """The sum or maximum of one value for the whole tensor, or of one for each row here, over all who hold parts of the same."""
-    return values if not is_sharded(tensor) or (by_row and has_whole_rows(tensor)) else over_shards(tensor)(values, how)
+    return over_shards(tensor, by_row)(values, how) if is_sharded(tensor) else values
 
 
-def over_shards(tensor: Tensor) -> Reduce:
-    """Combines a value over all who hold a part of a sharded tensor."""
-    groups = [tensor.device_mesh.get_group(dimension) for dimension in _cut(tensor)]
+def over_shards(tensor: Tensor, of_rows: bool = False) -> Reduce:
+    """Combines a value over all who hold a part of a sharded tensor; with ``of_rows`` one for each row here, over all who hold a
+    part of the same rows."""
+    cut = [dimension for dimension in _cut(tensor) if not (of_rows and tensor.placements[dimension].dim == 0)]
+    groups = [tensor.device_mesh.get_group(dimension) for dimension in cut]
 
     def combined(value: Tensor, how: str) -> Tensor:
         value = value.clone()
@@ -65,4 +67,10 @@ def over_shards(tensor: Tensor) -> Reduce:
 
 def _cut(tensor: Tensor) -> list[int]:
     """The dimensions of the processes' mesh over which a tensor is cut."""
-    return [dimension for dimension, placement in enumerate(tensor.placements) if placement.is_shard()]
+    # Not is_shard(): it is False of the shards that FSDP2 cuts out of those of tensor parallelism.
+    return [dimension for dimension, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor in each process; itself where it is not sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

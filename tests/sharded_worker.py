@@ -2,6 +2,7 @@
 
     torchrun ... sharded_worker.py FOLDER save    every mode and quantizer, and a checkpoint of each by torch.distributed.checkpoint
     torchrun ... sharded_worker.py FOLDER load    every mode, and training on from those checkpoints
+    torchrun ... sharded_worker.py FOLDER mesh    four processes, FSDP2 and tensor parallelism at once
 
 Raises in words where something differs; prints the modes.
 """
@@ -19,8 +20,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -160,6 +163,56 @@ def check_writes_in_one_process() -> None:
     assert ((latent - 0.5).abs() < 0.02).flatten(1).all(1).sum() == len(latent.chunk(dist.get_world_size())[1])
 
 
+def check_what_is_taken_out(folder: Path) -> None:
+    """Metrics, and the network as a file, are those of the whole."""
+    sharded, alone = Training(quantize.mode("prox_alt", bits=3), True), Training(quantize.mode("prox_alt", bits=3), False)
+    start = [{name: weight.detach().clone() for name, weight in one.optimizer.latent.items()} for one in (sharded, alone)]
+    for frozen in (False, True):
+        found, expected = (quantize.measure(one.optimizer.latent, one.optimizer.quantized(), before)
+                           for one, before in zip((sharded, alone), start, strict=True))  # fmt: skip
+        assert found.keys() == expected.keys()
+        for metric, row in found.items():
+            assert row == pytest.approx(expected[metric]), metric
+        path = folder / "sharded.safetensors"
+        quantize.save_packed(path, sharded.model, sharded.optimizer)
+        dist.barrier()
+        packed, finished = quantize.load_packed(path), alone.optimizer.quantized()
+        for name, value in alone.model.state_dict().items():
+            assert (packed[name] - finished.get(name, value)).abs().max() < 1e-12, name
+        dist.barrier()
+        for one in (sharded, alone) if not frozen else ():
+            one.train(0, 2)
+            one.optimizer.freeze()
+
+
+def check_a_mesh() -> None:
+    """Four processes, where FSDP2 shards what tensor parallelism has: the levels are those of whole tensors and whole rows."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    both_ways = [Shard(0), Shard(1)]
+    for mode in (quantize.mode("prox_ternary"), quantize.mode("prox_alt", bits=2), quantize.mode("prox_alt", bits=2, by_row=True)):
+        found = []
+        for sharded in (True, False):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 12), nn.Linear(12, 4)).double()
+            if sharded:
+                model[3].weight = nn.Parameter(distribute_tensor(model[3].weight.detach(), mesh, both_ways))
+                parallelize_module(model, mesh["tensor"], {"1": ColwiseParallel(), "2": RowwiseParallel()})
+                for layer in (model[1], model[2]):
+                    fully_shard(layer, mesh=mesh["data"])
+                assert type(model[1].weight.placements[0]) is not Shard, "no strided shard, which this is about"
+            pairs = [(name, weight) for name, weight in model.named_parameters() if name in ("1.weight", "2.weight", "3.weight")]
+            optimizer = quantize.ProjectedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), pairs, mode)
+            optimizer.set_strength(0.5)
+            for _, weight in pairs:
+                weight.grad = torch.zeros_like(weight)
+            optimizer.step()
+            found.append([whole(weight.detach()) for _, weight in pairs])
+            optimizer.freeze()
+            found[-1] += [whole(weight.detach()) for _, weight in pairs]
+        for here, alone in zip(*found, strict=True):
+            assert (here - alone).abs().max() < 1e-9, f"{mode.name} {mode.quantizer.in_words}"
+
+
 def check_refusals() -> None:
     for by_row, name in ((False, "0.weight"), (True, ACROSS)):
         with pytest.raises(ValueError, match=f"{name}.*median of a tensor whose parts"):
@@ -175,12 +228,16 @@ def main() -> None:
     folder, task = Path(sys.argv[1]), sys.argv[2]
     faulthandler.enable()
     dist.init_process_group("gloo")
-    for number, mode in enumerate(modes(every_quantizer=task == "save")):
-        train_beside(mode, task, folder / str(number))
-        sys.stdout.write(f"{mode.name} {mode.quantizer.in_words}\n")
-    check_drawn_signs()
-    check_writes_in_one_process()
-    check_refusals()
+    if task == "mesh":
+        check_a_mesh()
+    else:
+        for number, mode in enumerate(modes(every_quantizer=task == "save")):
+            train_beside(mode, task, folder / str(number))
+            sys.stdout.write(f"{mode.name} {mode.quantizer.in_words}\n")
+        check_drawn_signs()
+        check_writes_in_one_process()
+        check_what_is_taken_out(folder)
+        check_refusals()
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # a thread of gloo's that still runs while Python ends aborts the process now and then

@@ -1,5 +1,7 @@
 """Weights in blocks and pieces: whatever the arrangement, each tensor is treated as if it were alone."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -78,6 +80,16 @@ def test_side_by_side_is_one_by_one(sizes, seed):
             alone = torch.stack([getattr(groups.OneTensor([w]), how)(function) for w in tensors]).double()
             torch.testing.assert_close(together.by_tensor(column).double(), alone, rtol=1e-13, atol=1e-15)
             assert column.shape == (together.pieces[0].shape[0], 1)
+
+
+SIZES = st.sampled_from([0.0, 0.5, 1.0, 2.0, math.inf, math.nan])
+
+
+@given(st.lists(st.lists(SIZES, min_size=5, max_size=5), min_size=1, max_size=4), st.integers(1, 5))
+def test_the_median_by_sorting_is_the_lower_median(rows, length):
+    """As it is taken on a GPU, where torch's would be refused with --deterministic."""
+    matrix = torch.tensor(rows)[:, :length]
+    assert torch.equal(groups._median_by_sorting(matrix).nan_to_num(-1), matrix.median(1, keepdim=True).values.nan_to_num(-1))
 
 
 @given(st.lists(st.floats(-4, 4, width=32), min_size=1, max_size=40), st.integers(0, 3))

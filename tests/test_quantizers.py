@@ -125,3 +125,11 @@ def test_signs_are_drawn_with_their_chance(kind, chance, w):
     assert share == pytest.approx(chance(w), abs=0.015)  # six standard deviations of 40,000 draws
     again = kind()(torch.full((40_000,), w), torch.Generator().manual_seed(0))
     assert torch.equal(drawn, again)
+
+
+def test_what_is_certain_is_drawn_at_the_ends_of_what_is_drawn_from_too(monkeypatch):
+    """Clipped weights gather at -1 and +1; zero is among the numbers that are drawn, one is not."""
+    w = torch.tensor([-1.0, 1.0])
+    for drawn in (0.0, 1 - 2**-24):
+        monkeypatch.setattr(torch, "rand", lambda shape, drawn=drawn, **more: torch.full(shape, drawn))
+        assert StochasticBinary()(w, torch.Generator()).tolist() == [-1.0, 1.0]

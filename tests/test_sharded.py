@@ -40,3 +40,8 @@ def test_shards_train_as_the_whole_and_two_processes_continue_as_three(tmp_path)
     sums_suffice = {name for name, mode in quantize.MODES.items() if not mode.quantizer.gathers and mode.drawn is None}
     assert in_processes(2, tmp_path, "save") == sums_suffice
     assert in_processes(3, tmp_path, "load") == sums_suffice
+
+
+def test_shards_of_a_mesh_have_the_levels_of_the_whole(tmp_path):
+    """Sums over some of those who hold a part used to give several levels to one tensor, in silence."""
+    assert in_processes(4, tmp_path, "mesh") == set()

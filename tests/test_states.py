@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import quantize
+from quantize.projection import Projection
 
 # A step at rate 0, other orders of loading, layers held still, what is refused.
 
@@ -296,6 +297,35 @@ def test_a_step_that_is_interrupted_leaves_what_the_model_showed(name):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("call", ["hard_quantized", "freeze"])
+@pytest.mark.parametrize("name", quantize.MODES)
+def test_quantizing_that_is_interrupted_loses_no_weights_in_training(name, call, monkeypatch):
+    """Ctrl-C half-way used to leave an eager mode's model quantized, and a checkpoint was then made of that."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+    mode = quantize.mode(name)
+    optimizer = quantize.ProjectedOptimizer(torch.optim.Adam(model.parameters(), lr=0.1), mode.select(model), mode)
+    optimizer.set_strength(0.5)
+    model(torch.randn(3, 4)).sum().backward()
+    optimizer.step()
+    before = [tensor.detach().clone() for tensor in (*model.parameters(), *optimizer.latent.values(), *optimizer.levels.values())]
+    quantizing = Projection._hard_quantize
+
+    def interrupted(self, now, places):
+        quantizing(self, now, places)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Projection, "_hard_quantize", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.freeze() if call == "freeze" else optimizer.hard_quantized().__enter__()
+    now = [*model.parameters(), *optimizer.latent.values(), *optimizer.levels.values()]
+    for one, other in zip(before, now, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=0, atol=0)
+    optimizer.step()
+    optimizer.freeze()
+
+
 @pytest.mark.parametrize("written", [False, True])
 @pytest.mark.parametrize("mode_name", MODES)
 def test_a_state_is_the_same_inside_hard_quantized(mode_name, written):
@@ -488,10 +518,14 @@ def test_settings_of_a_state_that_are_none_are_refused(key, value, words):
         optimizer.load_state_dict(state)
 
 
-def test_lbfgs_is_refused_as_a_replacement_too():
+def test_what_cannot_be_wrapped_is_refused_as_a_replacement_too():
     model, optimizer = started("prox")
     with pytest.raises(ValueError, match="LBFGS cannot be wrapped"):
         optimizer.base_optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(TypeError, match="wrapped already"):
+        optimizer.base_optimizer = optimizer
+    with pytest.raises(TypeError, match=r"one of torch\.optim is needed"):
+        optimizer.base_optimizer = model
 
 
 @pytest.mark.parametrize("mode_name", MODES)

@@ -207,6 +207,17 @@ def test_lbfgs_is_refused_in_words():
         wrap(model, "prox", torch.optim.LBFGS(model.parameters()))
 
 
+def test_an_optimizer_that_chooses_its_own_rate_is_refused_in_words():
+    class OwnRate(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters)
+            self.param_groups[0]["lr"] = None
+
+    model = network()
+    with pytest.raises(ValueError, match="OwnRate's parameter groups have no learning rate"):
+        wrap(model, "prox", OwnRate(model.parameters()))
+
+
 # Several modes in one network.
 
 
@@ -540,6 +551,10 @@ def test_a_parametrized_layer_is_its_parameter_or_a_refusal():
     with pytest.raises(ValueError, match=r"0\.weight is computed by the parametrization WeightNorm.*remove_parametrizations"):
         quantize.quantizable_layers(normed)
     assert quantize.reasons(normed, quantize.MODES["prox"])["0.weight"].startswith("refused")
+    assert quantize.reasons(normed, quantize.MODES["prox"])["1.weight"] == "quantized"
+    between = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    said = quantize.reasons(between, quantize.MODES["prox_ternary"])
+    assert [name for name, reason in said.items() if reason == "quantized"] == ["1.weight"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         old = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
