@@ -28,6 +28,7 @@ import functools
 import logging
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import torch
 
@@ -35,9 +36,9 @@ import data
 import quantize
 import utils
 from models import MODELS
-from training import arguments, captured, computing, endings, loops, regimes, tracking, warm_start
+from training import arguments, captured, checkpoints, computing, endings, loops, regimes, tracking, warm_start
 from training.epoch import Job, check_strength, describe, facts_of_training, finish_epoch, train_epoch, wrap
-from training.evaluation import build_model, evaluate, load_data
+from training.evaluation import build_model, evaluate, load_data, sketch
 from training.folder import Run, facts_of_machine
 from training.log import log, log_to_terminal, warn
 from training.processes import Processes, check_synchronized, here, joined, launch, started_by_torchrun, synchronized
@@ -76,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         device, warning = utils.select_device(args.device, args.gpus, "gpus" in args.typed, processes.local)
         for line in [*warnings, *([warning] if warning else [])]:
             warn(line)
+        if device.type == "cpu" and args.device != "cpu" and "tf32" in args.typed:
+            warn("--tf32 has no effect on the CPU")
         with joined(processes, device):
             return train(args, run, device, processes)
     except (Exception, KeyboardInterrupt) as error:
@@ -87,6 +90,14 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
     if args.deterministic:
         computing.be_deterministic()
     precision = computing.select_precision(args.precision, device, args.tf32)
+    # What can be refused before the data are read, which may be a download.
+    regime = regimes.resolve_regime(args, sketch(args.model, args.dataset, args.model_config).regime, projected=args.mode.projects)
+    if args.capture:
+        captured.check_regime(regime, args.epochs)
+    if args.mode.projects:
+        check_strength(args, regime)
+    if args.resume and run.checkpoint is None:
+        checkpoints.locate("--resume", Path(args.resume))
     task, sets = task_of(args.dataset), load_data(args, args.dataset, device, processes)
     utils.seed_everything(args.seed)
     model = build_model(args.model, args.dataset, args.model_config, sets.classes).to(device, memory_format=torch.channels_last)
@@ -99,19 +110,14 @@ def train(args: Namespace, run: Run, device: torch.device, processes: Processes)
     begin = functools.partial(warm_start.load, model, args.resume, task, sets, args.holdout)
     started_from = begin() if args.resume and run.checkpoint is None else None
 
-    regime = regimes.resolve_regime(args, model.regime, projected=args.mode.projects)
-    if args.capture:
-        captured.check_regime(regime, args.epochs)
-    if args.mode.projects:
-        check_strength(args, regime)
     base_optimizer = regimes.build_optimizer(model.parameters(), regimes.settings_at(regime, args.start_epoch))
     optimizer = wrap(base_optimizer, model, args)
     start_signs = signs_of(optimizer)
     meter, carried = task.meter(device, processes.total), task.carried(model, sets.train)
     begun = {"words": sets.words, "data": sets.digest, "warm_start": started_from}
     state = State(task, model, optimizer, start_signs, meter, carried, args.start_epoch, **begun)
-    steps = (args.epochs - args.start_epoch) * len(sets.train) if task.gains_by_compiling else 0
-    compiled = computing.select_compile(args.compile, device, steps)
+    steps = (args.epochs - args.start_epoch) * len(sets.train)
+    compiled = task.gains_by_compiling and computing.select_compile(args.compile, device, steps)
 
     with processes.first_one_first():
         run.open()

@@ -8,7 +8,10 @@ import pytest
 import torch
 from conftest import run_main
 
+import data
 import models
+import quantize
+from training import arguments, regimes
 
 GOOD = ("--dataset=sample", "--model_config", "{'depth': 8}", "--epochs", "2", "--save", "run")
 
@@ -76,7 +79,7 @@ CASES = [
     (["--evaluate", "truncated.pth.tar"], ["truncated.pth.tar", "damaged"]),
     (["--evaluate", "unknown_mode.pth.tar"], ["unknown_mode.pth.tar", "projection_mode", "porx"]),
     (["--dataset", "cifar10", "--data_dir", "no_class"], ["no_class", "airplane"]),
-    (["--dataset", "imagenet", "--data_dir", "empty"], ["empty", "train/<class>"]),
+    (["--dataset", "imagenet", "--model_config", "{'depth': 18}", "--data_dir", "empty"], ["empty", "train/<class>"]),
     (["--results_dir", "text.pth.tar"], ["--results_dir", "text.pth.tar"]),
     (["--tb_dir", "text.pth.tar"], ["--tb_dir", "text.pth.tar"]),
 ]
@@ -164,6 +167,21 @@ def test_warnings(tiny_data, tmp_path, arguments, named):
     warnings = [line for line in done.stdout.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 1
     assert named in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--overwrite", "--overwrite has no effect without --save"),
+        ("--dataset sample_text --model lstm --compile on", "--compile on has no effect with --dataset sample_text"),
+        ("--evaluate run --device cpu --gpus 3", "--gpus has no effect with --device cpu"),
+        ("--evaluate run --device cpu --tf32", "--tf32 has no effect with --device cpu"),
+    ],
+)
+def test_what_the_arguments_alone_warn_of(given, said):
+    names = {"modes": quantize.MODES, "models": models.MODELS, "datasets": data.DATASETS, "optimizers": regimes.OPTIMIZERS}
+    _, (line,) = arguments.parse(given.split(), **names)
+    assert line.startswith(said)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
         (["--tb_dir", "locked/sub"], "--tb_dir", "locked/sub"),
         (["--dataset", "cifar10", "--data_dir", "locked/sub"], "--data_dir", "locked/sub"),
         (["--dataset", "mnist", "--data_dir", "locked/sub"], "--data_dir", "locked/sub"),
-        (["--dataset", "imagenet", "--data_dir", "locked/sub"], "--data_dir", "locked/sub"),
+        (["--dataset", "imagenet", "--model_config", "{'depth': 18}", "--data_dir", "locked/sub"], "--data_dir", "locked/sub"),
         (["--dataset", "text", "--model", "lstm", "--model_config", "{}", "--data_dir", "locked/sub"], "--data_dir", "locked/sub"),
         (["--dataset", "cifar10", "--data_dir", "images"], "--data_dir", "images/CIFAR10/train/dog"),
     ],

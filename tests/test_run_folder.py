@@ -153,6 +153,20 @@ def test_a_compiled_run_goes_on_where_there_is_no_compiler(train, monkeypatch):
     assert (facts["compiled"], facts["warnings"]) == (False, ["--compile on before, --compile off now: sums round differently"])
 
 
+def test_a_compiler_that_cannot_build_is_none(train, tmp_path, monkeypatch):
+    """As without Python's headers: every long run used to end at its first step."""
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'trial.cpp:1:10: fatal error: Python.h: No such file' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setattr(computing, "COMPILE_PAYS_OFF", 1)
+    assert train("run").facts()["compiled"] is False
+    refused = train("on", "--compile", "on")
+    assert refused.status == 2
+    assert f"--compile on: the C++ compiler {compiler} cannot build an extension of Python (Python.h: No such file)" in refused.err
+    assert not refused.folder.exists()
+
+
 def test_gpus_that_are_not_there_are_said_before_anything_starts(train, monkeypatch):
     monkeypatch.setattr("utils.count_gpus", lambda device: 2)
     monkeypatch.setattr(main_binary_reg, "launch", lambda command, count: pytest.fail("started"))
@@ -352,6 +366,19 @@ def test_a_warm_start_that_knows_the_held_out_images_is_said(train):
     assert train("same", "--resume", "results/fp", "--holdout", 10).facts()["warnings"] == []
 
 
+def test_a_warm_start_that_knows_the_held_out_files_of_imagenet_is_said(train, imagenet):
+    """What tells its data from others is of another split there, and was taken for other images."""
+    data = ("--dataset", "imagenet", "--data_dir", imagenet, "--input_size", 40, "--workers", 0, "--model_config", "{'depth': 18}")
+    assert train("fp", *data).facts()["warnings"] == []
+    (line,) = train("run", *data, "--resume", "results/fp", "--holdout", 2).facts()["warnings"]
+    assert line.startswith("--holdout 2: 0 images were held out of the training of --resume results/fp")
+    assert train("held", *data, "--holdout", 2).facts()["warnings"] == []
+    assert train("same", *data, "--resume", "results/held", "--holdout", 2).facts()["warnings"] == []
+    # Its size of images, which no other data set has, needs no --dataset beside it.
+    evaluated = ["--evaluate", "results/fp", "--data_dir", str(imagenet), "--input_size", "48", "--workers", "0"]
+    assert main_binary_reg.main(evaluated) == 0
+
+
 @pytest.mark.parametrize("change", ["order", "one more"])
 def test_a_run_is_not_continued_on_other_data(train, tiny_data, change):
     """Held-out images would be among those that it was trained on."""
@@ -389,6 +416,76 @@ def test_deleted_files_of_a_finished_run_are_made_again(train, kind):
     assert all(found[name] == best[name] for name in best if name not in ("state_dict", "results"))
     assert {name: found["results"][name] for name in best["results"]} == {**best["results"]}
     assert all(torch.equal(found["state_dict"][name], value) for name, value in best["state_dict"].items())
+
+
+@pytest.mark.parametrize("removed", ["checkpoint.pth.tar", "args.json"])
+def test_a_run_that_cannot_be_continued_is_not_begun_anew_in_silence(train, removed):
+    """A finished run without its checkpoints, which somebody needed the place of, used to be trained again over its results."""
+    done = train("run")
+    (done.folder / "checkpoint.pth.tar").unlink()
+    (done.folder / removed).unlink(missing_ok=True)
+    before = {path: path.read_bytes() for path in done.folder.rglob("*.*")}
+    again = train("run")
+    assert again.status == 2
+    reason = "its checkpoint is gone" if removed == "checkpoint.pth.tar" else "no args.json, but a checkpoint"
+    assert (
+        f"holds a run that cannot be continued ({reason}); choose another name, or --overwrite, which deletes the 1 ep" in again.err
+    )
+    assert {path: path.read_bytes() for path in done.folder.rglob("*.*")} == before
+    assert train("run", "--overwrite").status == 0
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(train):
+    done = train("run")
+    (done.folder / "checkpoint.pth.tar").unlink()
+    heading = (done.folder / "results.csv").read_text().splitlines()[0]
+    (done.folder / "results.csv").write_text(f"{heading}\n")
+    assert train("run").status == 0
+
+
+def test_overwriting_does_not_delete_the_warm_start(train):
+    done = train("run")
+    before = {path: path.read_bytes() for path in done.folder.rglob("*.*")}
+    for place in (done.folder, done.folder / "checkpoint.pth.tar", "results/../results/run"):
+        refused = train("run", "--resume", place, "--overwrite")
+        assert refused.status == 2
+        assert f"--resume {place}: it lies in results/run, which --overwrite would delete" in refused.err
+    assert {path: path.read_bytes() for path in done.folder.rglob("*.*")} == before
+
+
+def test_damaged_results_of_a_finished_run_are_made_again(train):
+    done = train("run")
+    results = done.folder / "results.csv"
+    before = results.read_bytes()
+    results.write_bytes(b"\xff\xfe")
+    assert "complete" in train("run").out
+    assert results.read_bytes() == before
+    results.unlink()
+    results.mkdir()
+    again = train("run")
+    assert (again.status, len(again.err.splitlines())) == (1, 1)
+    assert "results.csv" in again.err
+
+
+@pytest.mark.parametrize("epoch", ["inf", "nan", "1e400"])
+def test_a_warm_start_beside_damaged_results_is_of_a_run_that_is_not_known(train, epoch):
+    results = train("fp").folder / "results.csv"
+    heading, row = results.read_text().splitlines()
+    results.write_text(f"{heading}\n{epoch},{row.partition(',')[2]}\n")
+    done = train("run", "--resume", "results/fp")
+    assert done.status == 0
+    assert done.facts()["warm_start"]["finished"] is None
+
+
+def test_what_can_be_refused_is_so_before_the_data_are_read(train, tmp_path):
+    """Class folders are decoded into a file, and other data sets downloaded."""
+    make_class_folders(tmp_path / "data" / "CIFAR10")
+    before = sorted((tmp_path / "data").rglob("*"))
+    for flag, value in (("--resume", "nowhere"), ("--model_config", "{'depth': 21}"), ("--regime", "{0: {'momentum': 'x'}}")):
+        refused = train("run", "--data_dir", tmp_path / "data", flag, value)
+        assert refused.status == 2
+        assert flag in refused.err
+        assert sorted((tmp_path / "data").rglob("*")) == before
 
 
 def test_a_deleted_network_that_is_nowhere_else_is_said(train):

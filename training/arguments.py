@@ -275,7 +275,8 @@ def build_parser(
     add("--save_all", action="store_true", help="keep the checkpoint of every epoch")
     add("--checkpoint_minutes", type=_RATE, default=30.0, metavar="N",
         help="also save inside an epoch when the last checkpoint is so old; 0: only after epochs (default: 30.0)")  # fmt: skip
-    add("--overwrite", action="store_true", help="start anew where the folder holds a run of other arguments")
+    add("--overwrite", action="store_true",
+        help="start anew where the folder holds a run of other arguments, or one that cannot be continued")  # fmt: skip
     add("--tb_dir", type=_path, metavar="DIR", help="folder of the TensorBoard events (default: tb inside the run's folder)")
     add("-p", "--print-freq", type=_COUNT, default=10, metavar="N", help="steps between two progress lines (default: 10)")
 
@@ -288,8 +289,9 @@ def build_parser(
         help="of forward and backward passes: fp32, bf16 (autocast; weights, statistics and optimizer stay fp32), or auto: bf16 "
         "where the hardware computes it natively (default: auto)")  # fmt: skip
     add("--compile", type=_word_from(("auto", "on", "off")), default="auto", metavar="NAME",
-        help="compile the network for training (torch.compile): on, off, or auto: on a CPU with a C++ compiler if a run on "
-        "images is long enough to gain; without CUDA graphs, which --capture is for (default: auto)")  # fmt: skip
+        help="compile the network for training (torch.compile): on, off, or auto: on a CPU with a C++ compiler (and "
+        "Python's headers) if a run on images is long enough to gain; without CUDA graphs, which --capture is for "
+        "(default: auto)")  # fmt: skip
     add("--capture", action="store_true",
         help="record a training step as a CUDA graph and replay it: for small networks on a GPU; a run that was "
         "begun with it may be continued without, and the other way round")  # fmt: skip
@@ -343,7 +345,8 @@ def parse(argv: list[str] | None, **names: Any) -> tuple[argparse.Namespace, lis
     args.mode = choose_mode(args.projection_mode, args.quantizer, args.bits, args.by_row)
     if args.evaluate is not None:
         idle = [action.option_strings for action in parser._actions if action.dest in args.typed - _EVALUATED]
-        return args, [f"{next(one for one in names if one.startswith('--'))} has no effect with --evaluate" for names in idle]
+        warnings = [f"{next(one for one in names if one.startswith('--'))} has no effect with --evaluate" for names in idle]
+        return args, warnings + _idle_on_a_cpu(args)
     return args, check(args, args.mode)
 
 
@@ -366,6 +369,11 @@ def as_typed(name: str, value: Any) -> str:
     return f"--{name}" if value is True else f"--{name} {value}"
 
 
+def _idle_on_a_cpu(args: argparse.Namespace) -> list[str]:
+    names = ("gpus", "tf32") if args.device == "cpu" else ()
+    return [f"--{name} has no effect with --device cpu" for name in names if name in args.typed]
+
+
 def check(args: argparse.Namespace, mode: quantize.ProjectionMode) -> list[str]:
     """Warnings about arguments without effect; raises UsageError on those that contradict each other."""
     warnings = []
@@ -386,8 +394,11 @@ def check(args: argparse.Namespace, mode: quantize.ProjectionMode) -> list[str]:
         raise UsageError(f"--freeze_epoch {args.freeze_epoch}: nothing is quantized without --projection_mode")
     if args.freeze_epoch >= args.epochs:
         warnings.append(f"--freeze_epoch {args.freeze_epoch} is not below --epochs {args.epochs}: this run never freezes")
-    if args.device == "cpu":
-        warnings += [f"--{name} has no effect with --device cpu" for name in ("gpus", "tf32") if name in args.typed]
+    warnings += _idle_on_a_cpu(args)
+    if args.overwrite and args.save is None:
+        warnings.append("--overwrite has no effect without --save: the run's folder is a new one")
+    if args.compile == "on" and not tasks.task_of(args.dataset).gains_by_compiling:
+        warnings.append(f"--compile on has no effect with --dataset {args.dataset}: torch leaves its network uncompiled")
     if "workers" in args.typed and args.dataset != "imagenet":
         warnings.append(f"--workers has no effect with --dataset {args.dataset}, whose samples are kept in memory")
     if not mode.projects:

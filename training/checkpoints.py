@@ -156,21 +156,21 @@ def _not_finite(value: Any, name: str) -> Iterator[str]:
         yield name
 
 
-def locate(path: Path) -> Path:
-    """The checkpoint file that a path names: itself, or in a run's folder its best network.
+def locate(flag: str, path: Path) -> Path:
+    """The checkpoint file that a flag's path names: itself, or in a run's folder its best network.
 
     Raises:
         UnreadableCheckpoint: if there is none.
         UsageError: if this user may not look there.
     """
-    with reading("--evaluate or --resume", path):  # the two that name one
+    with reading(flag, path):
         if path.is_dir():
             best = path / BEST
             if not best.is_file():
-                raise UnreadableCheckpoint(f"{path}: this folder holds no {BEST}")
+                raise UnreadableCheckpoint(f"{flag} {path}: this folder holds no {BEST}")
             return best
         if not path.is_file():
-            raise UnreadableCheckpoint(f"{path}: no such checkpoint file or run folder")
+            raise UnreadableCheckpoint(f"{flag} {path}: no such checkpoint file or run folder")
         return path
 
 

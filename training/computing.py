@@ -5,6 +5,9 @@ import ctypes
 import logging
 import os
 import shutil
+import subprocess
+import sysconfig
+import tempfile
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,22 +91,38 @@ def select_compile(requested: str, device: torch.device, steps: int) -> bool:
         steps: of the whole run, however often it is interrupted, so that its continuations decide alike.
 
     Raises:
-        UsageError: if ``on`` is asked for on a CPU without a C++ compiler.
+        UsageError: if ``on`` is asked for on a CPU without a C++ compiler that works.
     """
-    if requested == "on" and not _can_compile(device.type):
-        raise UsageError(f"--compile on: the C++ compiler {_compiler()} is not there; install one, or use --compile off")
+    if requested == "on" and (reason := _cannot_compile(device.type)):
+        raise UsageError(f"--compile on: {reason}; install what is missing, or use --compile off")
     return requested == "on" or (
-        requested == "auto" and device.type == "cpu" and steps >= COMPILE_PAYS_OFF and _can_compile(device.type)
+        requested == "auto" and device.type == "cpu" and steps >= COMPILE_PAYS_OFF and not _cannot_compile(device.type)
     )
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX", "g++")
+_TRIAL = "#include <Python.h>\n#include <omp.h>\nint threads() { return omp_get_max_threads(); }\n"
 
 
-def _can_compile(device_type: str) -> bool:
-    """Whether there is what compiling takes: on a CPU a C++ compiler."""
-    return device_type != "cpu" or shutil.which(_compiler()) is not None
+def _cannot_compile(device_type: str) -> str | None:
+    """Why there is not what compiling takes, on a CPU a C++ compiler that can build an extension of Python; None where it is."""
+    compiler = os.environ.get("CXX", "g++")
+    if device_type != "cpu":
+        return None
+    if shutil.which(compiler) is None:
+        return f"the C++ compiler {compiler} is not there"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "trial.cpp"
+            source.write_text(_TRIAL)
+            places = ["-I", sysconfig.get_path("include"), str(source), "-o", str(source.with_suffix(".so"))]
+            done = subprocess.run([compiler, "-shared", "-fPIC", "-fopenmp", *places], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"the C++ compiler {compiler} cannot be tried ({error.strerror or error})"
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.splitlines() or ["it says nothing"]
+    said = next((line for line in lines if "error" in line), lines[-1])
+    return f"the C++ compiler {compiler} cannot build an extension of Python ({said.partition('error: ')[2] or said})"
 
 
 def decide(
@@ -122,7 +141,8 @@ def decide(
         The precision; ``precision``, ``compile`` (on or off), ``steps`` (captured or plain), ``device`` (its type), ``place`` and
         ``processes``, which belong to the checkpoint; and the warnings.
     """
-    unable = not _can_compile(precision.device_type)
+    # Where it is to be compiled here, that has been tried.
+    unable = not compiled and before.get("compile") == "on" and _cannot_compile(precision.device_type) is not None
     exact, eager, unable = processes.largest(int(precision.name == "fp32"), int(not compiled), int(unable))
     warnings = []
     if args.precision == "auto":

@@ -43,9 +43,10 @@ class Kept:
 
 def read_kept(args: Namespace) -> Kept:
     """Reads the checkpoint that ``args.evaluate`` names; what the user has not given of precision and data is set from it."""
-    path = checkpoints.locate(Path(args.evaluate))
+    path = checkpoints.locate("--evaluate", Path(args.evaluate))
     content = checkpoints.read(path)
     model, dataset = _given_or_kept(args, content, "model", MODELS), _given_or_kept(args, content, "dataset", data.DATASETS)
+    args.dataset = dataset
     tasks.set_defaults(args, dataset)
     tasks.check_model(model, dataset)
     tasks.task_of(dataset).check(args, several=False)
@@ -235,19 +236,28 @@ def build_model(
     Raises:
         UsageError: on a depth, a number of classes or a size that cannot be.
     """
-    build = functools.partial(MODELS[name], dataset=dataset, **{"num_classes": classes, **config})
-    try:
-        with torch.device("meta"):
-            sketch = build()
-    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
-        raise UsageError(f"--model_config {config}: {_first_line(error)}") from None
+    sketched = sketch(name, dataset, config, classes)
     if config.get("num_classes", classes) < classes:
         raise UsageError(f"--model_config {config}: {dataset} has {classes} classes, num_classes of at least that is needed")
-    parameters = sum(parameter.numel() for parameter in sketch.parameters())
+    check(sketched)
+    return _builder(name, dataset, config, classes)()
+
+
+def sketch(name: str, dataset: str, config: dict[str, Any], classes: int = 2) -> nn.Module:
+    """The same without memory. Raises UsageError on a depth or a size that cannot be."""
+    try:
+        with torch.device("meta"):
+            found = _builder(name, dataset, config, classes)()
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
+        raise UsageError(f"--model_config {config}: {_first_line(error)}") from None
+    parameters = sum(parameter.numel() for parameter in found.parameters())
     if parameters > MOST_PARAMETERS:
         raise UsageError(f"--model_config {config}: {parameters:,} parameters; at most {MOST_PARAMETERS:,} are accepted")
-    check(sketch)
-    return build()
+    return found
+
+
+def _builder(name: str, dataset: str, config: dict[str, Any], classes: int) -> Callable[[], nn.Module]:
+    return functools.partial(MODELS[name], dataset=dataset, **{"num_classes": classes, **config})
 
 
 def _first_line(error: Exception) -> str:

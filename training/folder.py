@@ -74,6 +74,11 @@ class Run:
         if args.tb_dir:
             _check_writable("--tb_dir", Path(args.tb_dir))
         self._found = self._look(_Found()) if self._named else _Found()
+        resumed = Path(os.path.realpath(args.resume)) if args.resume and self._found.differing else None
+        if resumed and resumed.is_relative_to(os.path.realpath(self.folder)):
+            raise UsageError(
+                f"--resume {args.resume}: it lies in {self.folder}, which --overwrite would delete; choose another --save"
+            )
 
     @property
     def checkpoint(self) -> dict[str, Any] | None:
@@ -94,27 +99,31 @@ class Run:
         """Compares the arguments, and reads the checkpoint unless it is the one that was found before.
 
         Raises:
-            UsageError: if it is a run of other arguments, or none of its checkpoints can be read, and may not be overwritten.
+            UsageError: if it is a run of other arguments, or one whose checkpoints are gone or cannot be read, and may not be
+                overwritten.
         """
         if not self._overwrite:
             self._check_readable()
         record = self._read_record()
-        differing = [record] if isinstance(record, str) else self._compare(record)
+        broken = record if isinstance(record, str) else None
+        differing = self._compare(record) if broken is None else []
         content, files = None, tuple(filter(None, map(_stamp, self._checkpoints())))
-        if not differing:
+        if not broken and not differing:
             content = before.checkpoint if files == before.files else self._read_checkpoint()
+            if content is None and files:
+                broken = "none of its checkpoints can be read"
+            elif content is None and self._epochs_there():  # a row is written after its epoch's checkpoint
+                broken = "its checkpoint is gone"
         if content is not None:
             decided = computed_before(content)
             begun = {**record["arguments"], **{name: decided[name] for name in _DECIDED if name in decided}}
             differing = self._compare({**record, "arguments": begun})
-        elif files and not differing:
-            differing = ["none of its checkpoints can be read"]
-        if differing and not self._overwrite:
+        if (broken or differing) and not self._overwrite:
+            which = f"that cannot be continued ({broken})" if broken else f"of other arguments ({'; '.join(differing)})"
             raise UsageError(
-                f"--save {self.folder.name}: {self.folder} holds a run of other arguments ({'; '.join(differing)}); "
-                f"choose another name, or --overwrite, {self._loss()}"
+                f"--save {self.folder.name}: {self.folder} holds a run {which}; choose another name, or --overwrite, {self._loss()}"
             )
-        return _Found(tuple(differing), None if differing else content, files)
+        return _Found((broken,) if broken else tuple(differing), None if differing else content, files)
 
     def _check_readable(self) -> None:
         """Raises UsageError where this user may not read what the run has written: --overwrite would be wrong advice."""
@@ -135,7 +144,8 @@ class Run:
             record = json.loads((self.folder / "args.json").read_text())
             return {"arguments": dict(record["arguments"]), "typed": record.get("typed")}
         except FileNotFoundError:
-            return "no args.json, but a checkpoint" if self.kept else {"arguments": {}, "typed": None}
+            there = self.kept or (self.folder / checkpoints.BEST).exists()
+            return "no args.json, but a checkpoint" if there else {"arguments": {}, "typed": None}
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             return "its args.json cannot be read"
 
@@ -200,12 +210,16 @@ class Run:
 
     def _loss(self) -> str:
         """What --overwrite would cost."""
-        try:
-            epochs = (self.folder / "results.csv").read_text().count("\n") - 1
-        except (OSError, ValueError):
-            epochs = 0
-        done = f"the {epochs} epochs that are trained there and " if epochs > 0 else ""
+        epochs = self._epochs_there()
+        done = f"the {epochs} epochs that are trained there and " if epochs else ""
         return f"which deletes {done}everything else in that folder"
+
+    def _epochs_there(self) -> int:
+        """How many epochs results.csv has; 0 where it cannot be read."""
+        try:
+            return max(0, (self.folder / "results.csv").read_text().count("\n") - 1)
+        except (OSError, ValueError):
+            return 0
 
     @property
     def finished(self) -> bool:
@@ -217,8 +231,8 @@ class Run:
         """Makes up for a process that died between the last checkpoint and the end, and for files that were deleted since."""
         if not self.writes:
             return
-        rows, path = self.checkpoint["history"], self.folder / "results.csv"
-        if not path.exists() or path.read_text().count("\n") <= len(rows):
+        rows = self.checkpoint["history"]
+        if self._epochs_there() < len(rows):
             self.write_results(rows)
         if not (self.folder / checkpoints.BEST).exists():
             self._restore_best(rows)

@@ -30,12 +30,15 @@ def load(model: nn.Module, resume: str, task: Task, sets: Data, holdout: int) ->
         accuracy in percent); ``sha256`` of its weights; ``finished``, whether the run that it is of was trained to its end, and
         ``of_epochs``, how long that is. None where it cannot be known.
     """
-    path = checkpoints.locate(Path(resume))
+    path = checkpoints.locate("--resume", Path(resume))
     content = checkpoints.read(path)
     check_words(content, sets.words, path)
     checkpoints.load_weights(model, content, path)
     held = content.get("holdout")
-    if isinstance(held, int) and holdout > held and content.get("data", sets.digest) == sets.digest:
+    same_data = content.get("data", sets.digest) == sets.digest
+    # ImageNet's is of the files in both splits, which are others where one of them is held out of the training images.
+    same_data = same_data or (held == 0 and content.get("dataset") == "imagenet")
+    if isinstance(held, int) and holdout > held and same_data:
         warn(f"--holdout {holdout}: {held} images were held out of the training of --resume {resume}; it was trained on the others")
     epoch, score = content.get("epoch"), content.get(task.best_key)
     finished, trained, of_epochs = _progress(path.parent)
@@ -60,6 +63,6 @@ def _progress(folder: Path) -> tuple[bool | None, int | None, int | None]:
             rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
         trained = int(max((row["epoch"] for row in rows), default=0))
         ended = "regime" in content and regimes.ended(regimes.from_json(content["regime"]), trained, rows)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, csv.Error):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, csv.Error):
         return None, None, None
     return trained >= wanted or ended, trained, wanted
