@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from quantize import codes
@@ -24,7 +23,7 @@ from quantize.codes import MOST_VALUES, Coded
 from quantize.finished import NotQuantized
 from quantize.optimizer import ProjectedOptimizer
 from quantize.packed_table import DTYPES, WORDS, Line, PackedError, check_sizes, lines_of
-from quantize.shards import is_sharded, whole
+from quantize.shards import is_first, whole
 
 VERSION = "2"
 KEY = "proxquant"  # of the version in the container's metadata, which also holds mode, facts and table
@@ -94,7 +93,7 @@ def save_packed(
         coded += [] if source is None else [name]
     modes = ",".join(dict.fromkeys(mode.name for mode in optimizer.modes))
     content = pack(state, coded, modes, facts)
-    if not any(map(is_sharded, held.values())) or dist.get_rank() == 0:
+    if is_first(held.values()):
         _write_whole(Path(path), content)
 
 

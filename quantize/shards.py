@@ -3,7 +3,8 @@
 What combines values over the parts is a call that all processes make, in the same order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,11 @@ def _cut(tensor: Tensor) -> list[int]:
     """The dimensions of the processes' mesh over which a tensor is cut."""
     # Not is_shard(): it is False of the shards that FSDP2 cuts out of those of tensor parallelism.
     return [dimension for dimension, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+
+
+def is_first(tensors: Iterable[Any]) -> bool:
+    """Whether this process is the first of those that hold a part of them; so it is where none is sharded."""
+    return not any(any(tensor.device_mesh.get_coordinate() or ()) for tensor in tensors if is_sharded(tensor))
 
 
 def whole(tensor: Tensor) -> Tensor:
