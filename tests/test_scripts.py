@@ -121,7 +121,9 @@ def test_a_search_path_of_cd_leads_nowhere_else(tmp_path):
     (tmp_path / "scripts").mkdir()
     fake = fake_python(tmp_path, "pwd")
     settings = environment(tmp_path, tmp_path, PYTHON=fake, SEEDS="0", CDPATH=str(tmp_path))
-    done = subprocess.run(["scripts/train-cifar10-fp.sh"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=settings)
+    done = subprocess.run(
+        ["scripts/train-cifar10.sh", "fp"], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE, env=settings
+    )
     assert done.returncode == 0, done.stderr
     assert f"seed 0: {ROOT}" in done.stdout
 
